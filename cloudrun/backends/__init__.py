@@ -1,0 +1,82 @@
+"""Where machines come from. A backend is a file beside this one and a line in `open_backend`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cloudrun.config import Settings
+from cloudrun.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A concrete machine at a price: US dollars per hour, None if nobody knows."""
+
+    what: str
+    price: float | None
+    boot_seconds: float
+
+
+@dataclass(frozen=True)
+class Boot:
+    """What a machine gets in the call that creates it. `payload` is CLOUDRUN_BOOT of cloudrun.formats."""
+
+    run: str
+    attempt: int
+    deadline: str
+    payload: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A machine as its provider describes it now.
+
+    `alive`: a guard or an agent can still end it. `ended`: the provider says that nothing of it is
+    billed any more; then `why` is the machine's own last word, if it had one.
+    """
+
+    name: str
+    run: str
+    attempt: int
+    deadline: str
+    started: float
+    alive: bool
+    ended: float | None = None
+    why: str = ""
+
+
+class Backend(Protocol):
+    """No retries, no printing, no other backend. Errors are CloudrunError."""
+
+    name: str
+
+    def offers(self) -> list[Offer]:
+        """What could be had now, best first."""
+
+    def create(self, name: str, offer: Offer, boot: Boot) -> None:
+        """Start a machine under this name. When it raises, a machine may still have been started."""
+
+    def find(self, name: str) -> Instance | None:
+        """The machine of this name, or None if the provider says that there is none."""
+
+    def all(self) -> list[Instance]:
+        """Every machine that carries cloudrun's labels, of whatever run."""
+
+    def stop(self, name: str) -> None:
+        """Ask for the end of all billing for this name, and free what it left. Absent is success."""
+
+    def console(self, name: str) -> str:
+        """The last words on the machine's console; empty when there are none."""
+
+    def by_hand(self, name: str) -> str:
+        """The command with which a person ends it."""
+
+
+def open_backend(settings: Settings) -> Backend:
+    """Raises UsageError for a backend that this installation does not have."""
+    if settings.backend == "local":
+        from cloudrun.backends.local import LocalBackend
+
+        return LocalBackend(settings.price or 0.0)
+    raise UsageError(f"the {settings.backend} backend is not part of this version; use --backend local")

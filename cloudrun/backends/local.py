@@ -1,0 +1,165 @@
+"""Machines that are process trees on this computer: the same guard, agent and bucket, and no bill.
+
+Every process of an instance has its directory as CLOUDRUN_INSTANCE in its environment, or works in it;
+what is running is found by that, and nowhere written down. `ended` in the directory is the guard's last word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+from cloudrun.backends import Boot, Instance, Offer
+from cloudrun.config import data_directory
+from cloudrun.errors import CloudrunError
+from cloudrun.processes import below, parents, pids, send
+
+PASSED_ON = (
+    *("HOME", "PATH", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "VIRTUAL_ENV"),
+    *("CONDA_PREFIX", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "XDG_CACHE_HOME"),
+)
+BOOT_SECONDS = 1.0
+KILL_SECONDS = 10.0
+
+
+class LocalBackend:
+    """See cloudrun.backends.Backend. The price is what the user says that this computer costs."""
+
+    name = "local"
+
+    def __init__(self, price: float = 0.0) -> None:
+        self._price = price
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def offers(self) -> list[Offer]:
+        return [Offer("this computer", self._price, BOOT_SECONDS)]
+
+    def create(self, name: str, offer: Offer, boot: Boot) -> None:
+        import cloudrun.guard
+
+        folder = self._folder(name)
+        os.makedirs(folder, mode=0o700)
+        env = {key: value for key, value in os.environ.items() if key in PASSED_ON or key.startswith("LC_")}
+        env.update(
+            CLOUDRUN_INSTANCE=folder,
+            CLOUDRUN_RUN=boot.run,
+            CLOUDRUN_ATTEMPT=str(boot.attempt),
+            CLOUDRUN_DEADLINE=boot.deadline,
+            CLOUDRUN_ROLE="guard",
+            CLOUDRUN_BOOT=json.dumps(boot.payload),
+        )
+        command = [sys.executable, "-I", "-S", cloudrun.guard.__file__]
+        try:
+            with open(os.path.join(folder, "console"), "wb") as console:
+                guard = subprocess.Popen(
+                    command,
+                    cwd=folder,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=console,
+                    stderr=console,
+                    start_new_session=True,  # Ctrl-C and a closed terminal must not reach it
+                )
+        except OSError as error:
+            raise CloudrunError(f"cannot start a process on this computer: {error}") from None
+        self._children.append(guard)
+
+    def find(self, name: str) -> Instance | None:
+        for child in self._children:
+            child.poll()
+        members = [found for found in self._marks() if found[1]["CLOUDRUN_INSTANCE"] == self._folder(name)]
+        if members:
+            return _instance(name, members)
+        with suppress(OSError), open(os.path.join(self._folder(name), "ended")) as file:
+            ended = os.fstat(file.fileno()).st_mtime
+            return Instance(name, "", 0, "", ended, alive=False, ended=ended, why=file.read())
+        return None
+
+    def all(self) -> list[Instance]:
+        members: dict[str, list[tuple[int, dict[str, str]]]] = {}
+        for pid, mark in self._marks():
+            members.setdefault(os.path.basename(mark["CLOUDRUN_INSTANCE"]), []).append((pid, mark))
+        return [_instance(name, found) for name, found in members.items()]
+
+    def stop(self, name: str) -> None:
+        """Kill all of it, the guard last: until then orphans come to the guard and cannot hide."""
+        deadline = time.monotonic() + KILL_SECONDS
+        while True:
+            guards, others = self._members(name)
+            if not guards and not others:
+                break
+            if time.monotonic() > deadline:
+                raise CloudrunError(f"processes {sorted(guards | others)} do not end when killed")
+            send(signal.SIGKILL, others or guards)
+            for child in self._children:
+                child.poll()
+            time.sleep(0.005)
+        shutil.rmtree(self._folder(name), ignore_errors=True)
+
+    def console(self, name: str) -> str:
+        with suppress(OSError), open(os.path.join(self._folder(name), "console"), errors="replace") as file:
+            return file.read()[-4000:]
+        return ""
+
+    def by_hand(self, name: str) -> str:
+        guards, others = self._members(name)
+        return "kill -KILL " + " ".join(map(str, sorted(others | guards)))
+
+    def _folder(self, name: str) -> str:
+        return os.path.join(data_directory(os.environ), "instances", name)
+
+    def _marks(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """(pid, the CLOUDRUN_ variables) of every process that belongs to an instance of this user."""
+        mark = b"CLOUDRUN_INSTANCE=" + os.fsencode(self._folder(""))
+        for pid in pids():
+            with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+                environ = file.read()
+                if mark in environ:
+                    pairs = (item.partition("=") for item in os.fsdecode(environ).split("\0"))
+                    yield pid, {key: value for key, _, value in pairs if key.startswith("CLOUDRUN_")}
+
+    def _members(self, name: str) -> tuple[set[int], set[int]]:
+        """(guards, all others): what carries the mark, what descends from it, what works in its directory."""
+        folder = self._folder(name)
+        marked = {pid: mark for pid, mark in self._marks() if mark["CLOUDRUN_INSTANCE"] == folder}
+        guards = {pid for pid, mark in marked.items() if mark.get("CLOUDRUN_ROLE") == "guard"}
+        parent_of = parents()
+        others = set(marked) | below(marked, parent_of) | set(_working_in(folder))
+        return guards & set(parent_of), (others & set(parent_of)) - guards - {os.getpid()}
+
+
+def _working_in(folder: str) -> Iterator[int]:
+    """Processes without a terminal (so no person's shell) whose directory is inside the instance's."""
+    for pid in pids():
+        with suppress(OSError, IndexError, ValueError):
+            if os.readlink(f"/proc/{pid}/cwd").startswith(folder + "/"):
+                with open(f"/proc/{pid}/stat", "rb") as file:
+                    if int(file.read().rpartition(b")")[2].split()[4]) == 0:
+                        yield pid
+
+
+def _instance(name: str, members: list[tuple[int, dict[str, str]]]) -> Instance:
+    mark = members[0][1]
+    return Instance(
+        name=name,
+        run=mark.get("CLOUDRUN_RUN", ""),
+        attempt=int(mark.get("CLOUDRUN_ATTEMPT", "0")),
+        deadline=mark.get("CLOUDRUN_DEADLINE", ""),
+        started=min(_started(pid) for pid, _ in members),
+        alive=any(found.get("CLOUDRUN_ROLE") in ("guard", "agent") for _, found in members),
+    )
+
+
+def _started(pid: int) -> float:
+    """Seconds since the epoch at which a process started, to a hundredth."""
+    with suppress(OSError, IndexError, ValueError), open(f"/proc/{pid}/stat", "rb") as file:
+        ticks = int(file.read().rpartition(b")")[2].split()[19])
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    return time.time()

@@ -1,0 +1,88 @@
+"""The end of the bill: a machine seen ended, and what it cost."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from cloudrun.errors import Conflict, CloudrunError, StillRunning
+from cloudrun.backends import Backend
+from cloudrun.formats import canonical, timestamp
+from cloudrun.order import Order
+from cloudrun.storage import Bucket
+
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Ended:
+    """An instance was seen ended. `layer`: agent, guard, lease or sweep; started is None if nobody knows."""
+
+    name: str
+    started: float | None
+    ended: float
+    layer: str
+    proof: str
+
+
+def see_ended(backend: Backend, name: str, *, grace: float, limit: float, layer: str) -> Ended:
+    """Give the machine `grace` seconds to end itself, then end it, and look until it is gone.
+
+    Raises StillRunning, with what to do by hand, if that cannot be seen within `limit` seconds.
+    """
+    started, patience, deadline = None, time.monotonic() + grace, time.monotonic() + grace + limit
+    errors: list[str] = []
+    stopped_by = layer
+    while True:
+        try:
+            instance = backend.find(name)
+            if instance and instance.ended is None:
+                started = instance.started
+            if instance is None or instance.ended is not None:
+                ended = instance.ended if instance and instance.ended else time.time()
+                if instance and time.monotonic() < patience:
+                    stopped_by = "agent" if "finished" in instance.why else "guard"
+                backend.stop(name)  # nothing is left to end; this frees what the machine left behind
+                proof = f"{backend.name}: no {name}, seen {timestamp(time.time())}"
+                return Ended(name, started, ended, stopped_by, proof)
+            if time.monotonic() > patience or not instance.alive:
+                patience = 0.0
+                backend.stop(name)
+        except CloudrunError as error:
+            errors.append(str(error))
+        if time.monotonic() > deadline:
+            raise StillRunning(
+                f"{name} may still be running: {errors[-1] if errors else 'it was still there'}\n"
+                f"end it by hand: {backend.by_hand(name)}"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def close(bucket: Bucket, order: Order, ends: list[Ended], reason: str, exit_code: int) -> dict[str, Any]:
+    """Write the bill, once, and forget what was only needed until now. Returns the bill that stands."""
+    starts = [end.started for end in ends if end.started is not None]
+    known = len(starts) == len(ends)
+    seconds = sum(end.ended - (end.started or end.ended) for end in ends) if known else None
+    bill = {
+        "reason": reason,
+        "exit_code": exit_code,
+        "started": timestamp(min(starts)) if starts else None,
+        "ended": timestamp(max(end.ended for end in ends)) if ends else None,
+        "seconds": None if seconds is None else round(seconds, 3),
+        "price": order.price,
+        "cost": None if seconds is None or order.price is None else round(seconds * order.price / 3600, 6),
+        "layer": ends[-1].layer if ends else "none",
+        "proof": ends[-1].proof if ends else "no machine was ever asked for",
+        "attempts": len(ends),
+    }
+    with suppress(Conflict):  # somebody else saw the end first; one bill is enough
+        bucket.create(order.prefix + "/bill.json", canonical(bill))
+    forget(bucket, order.prefix, order.run)
+    return bill
+
+
+def forget(bucket: Bucket, prefix: str, run: str) -> None:
+    bucket.delete(prefix + "/env.json")
+    bucket.delete("open/" + run)

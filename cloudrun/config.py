@@ -1,0 +1,124 @@
+"""Settings from the environment and the command line. Pure: every problem is reported at once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cloudrun.errors import UsageError
+from cloudrun.limits import limits
+
+DEFAULT_HOURS = 24.0
+BACKENDS = ("gcp", "vast", "local")
+
+VARIABLES = {
+    "GCP_ACCOUNT": "Google account; checked against the credentials in use",
+    "GCLOUD_PROJECT": "Google Cloud project id",
+    "GCS_DIR": "where runs are kept: gs://bucket/directory, or file:///directory for local runs",
+    "VM_INSTANCE": "name of a VM that is kept between runs",
+    "VM_USER": "user on the VM",
+    "VAST_API_KEY": "key for vast.ai",
+    "CLOUDRUN_BACKEND": "gcp, vast or local",
+    "CLOUDRUN_PROJECT": "name of the project; default: the directory's name",
+    "CLOUDRUN_MAX_HOURS": "hours after which the run is ended; default 24",
+    "CLOUDRUN_MAX_COST": "US dollars after which the run is ended",
+    "CLOUDRUN_PRICE": "US dollars per hour of the machine, instead of the known price",
+    "NO_COLOR": "no colours on the terminal",
+}
+NEEDED = {"gcp": ("GCLOUD_PROJECT", "GCS_DIR"), "vast": ("VAST_API_KEY", "GCS_DIR"), "local": ()}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a command needs to know. `chosen` says why this backend, when nobody named one."""
+
+    backend: str
+    chosen: str
+    project: str
+    bucket: str
+    max_hours: float
+    max_cost: float | None
+    price: float | None
+    limits: dict[str, float] = field(default_factory=dict)
+
+
+def from_env(environ: Mapping[str, str], directory: str, **flags: str | float | None) -> Settings:
+    """Flags (backend, max_hours, max_cost) win over the environment. Raises UsageError with all problems."""
+    problems: list[str] = []
+
+    def number(name: str, flag: object = None, *, zero: bool = False) -> float | None:
+        text = environ.get(name) if flag is None else flag
+        if text in (None, ""):
+            return None
+        try:
+            value = float(str(text))
+        except ValueError:
+            value = -1.0
+        if 0 < value < float("inf") or (zero and value == 0):
+            return value
+        problems.append(f"{name}={text}: not a number above 0")
+        return None
+
+    backend, chosen = _backend(environ, flags.get("backend"))
+    if backend not in BACKENDS:
+        problems.append(f"CLOUDRUN_BACKEND={backend}: not one of {', '.join(BACKENDS)}")
+    missing = [name for name in NEEDED.get(backend, ()) if not environ.get(name)]
+    if missing:
+        problems.append(f"the {backend} backend also needs {', '.join(missing)}")
+    bucket = environ.get("GCS_DIR") or ""
+    if backend == "local" and not bucket:
+        bucket = "file://" + os.path.join(data_directory(environ), "bucket")
+    if bucket.startswith("/"):
+        bucket = "file://" + bucket
+    if bucket and not bucket.startswith(("gs://", "file:///")):
+        problems.append(f"GCS_DIR={bucket}: not gs://bucket/directory or file:///directory")
+    try:
+        table = limits(environ)
+    except ValueError as error:
+        problems.append(str(error))
+        table = {}
+    hours = number("CLOUDRUN_MAX_HOURS", flags.get("max_hours"))
+    cost = number("CLOUDRUN_MAX_COST", flags.get("max_cost"))
+    price = number("CLOUDRUN_PRICE", zero=True)
+    if problems:
+        raise UsageError("\n".join(problems))
+    return Settings(
+        backend=backend,
+        chosen=chosen,
+        project=project_name(environ.get("CLOUDRUN_PROJECT") or os.path.basename(directory)),
+        bucket=bucket.rstrip("/"),
+        max_hours=hours if hours or cost else DEFAULT_HOURS,  # type: ignore[arg-type]
+        max_cost=cost,
+        price=price,
+        limits=table,
+    )
+
+
+def _backend(environ: Mapping[str, str], flag: object) -> tuple[str, str]:
+    named = flag or environ.get("CLOUDRUN_BACKEND")
+    if named:
+        return str(named), ""
+    if environ.get("VM_INSTANCE"):
+        return "gcp", "VM_INSTANCE is set"
+    if environ.get("VAST_API_KEY"):
+        return "vast", "VAST_API_KEY is set"
+    return "local", "neither VM_INSTANCE nor VAST_API_KEY is set"
+
+
+def data_directory(environ: Mapping[str, str]) -> str:
+    """Where local runs live. Raises UsageError if there is no home at all (cron without HOME)."""
+    import platformdirs
+
+    path = platformdirs.user_data_dir("cloudrun")
+    if not os.path.isabs(path):
+        raise UsageError("there is no home directory: set HOME or XDG_DATA_HOME")
+    return path
+
+
+def project_name(name: str) -> str:
+    """A name that may stand in labels and object names: at most 41 of a-z 0-9 - _, first a letter or digit."""
+    slug = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")[:41].rstrip("-_")
+    return slug or "project-" + hashlib.sha256(os.fsencode(name)).hexdigest()[:8]

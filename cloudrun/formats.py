@@ -1,0 +1,173 @@
+"""The formats that client, guard and agent share. Sent with the agent: standard library, Python 3.8.
+
+Under the bucket's directory (times are UTC, RFC 3339; JSON is ASCII, file names are os.fsdecode'd,
+so that bytes which are not UTF-8 survive as lone surrogates):
+
+    open/<run>                        {"run", "project"}; deleted when the bill is closed
+    <project>/blobs/<sha256>          inputs and agent, immutable, shared by all runs
+    <project>/runs/<run>/order.json   see cloudrun.order.Order
+                        /manifest.jsonl  a line per input, in the order in which it was scanned:
+                            {"path", "mode", "size", "sha256", "parts": [[blob, offset, length], ...]}
+                            {"path", "mode", "dir": true} for an empty directory
+                            {"path", "link": target} for a link that stays inside the project
+                        /env.json     {NAME: value}; deleted when the bill is closed
+                        /control.json {"level": 1 interrupt | 2 now, "by": "SIGINT" | ... | "stop"}
+                        /client.json  {"client", "beat"}: alive as long as beat changes
+                        /attempts/<n>/claim.json  {"client", "instance", "offer", "price", "time"}
+                                     /agent.json  {"machine", "python", "time"}
+                                     /state.json  {"phase", "time", "beat", "files", "bytes", "of_files", "of_bytes"}
+                                     /log/<8 digits>  frames, see `frame`
+                                     /end.json    {"reason", "time", "chunks"}: the attempt ended, the run may go on
+                        /saved/<sha256>  output content, immutable
+                        /outputs.json {"attempt", "sequence", "time", "files": [manifest lines without parts]}
+                        /model/... /checkpoint/...  copies of the final outputs under their own names
+                        /receipt.json {"run", "attempt", "reason", "status", "signal", "by", "message", "save",
+                                       "started", "ended", "seconds", "chunks", "files", "uncopied"}
+                        /bill.json    {"reason", "started", "ended", "seconds", "cost", "price", "layer", "proof",
+                                       "attempts"}
+
+The guard gets CLOUDRUN_BOOT in its environment, a JSON object: run, attempt, instance, backend, bucket,
+prefix (<project>/runs/<run>), agent and order ([object, sha256]), left (seconds until the deadline),
+agent_gone and agent_silence (seconds). The agent gets the same, and CLOUDRUN_GUARD, the number of the
+pipe to its parent: `.` alive, `R` the run is finished, `L<seconds>\\n` so much is left at most.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import namedtuple
+from datetime import datetime, timezone
+from json.encoder import encode_basestring_ascii as quote
+
+from cloudrun.errors import Corrupt
+
+TYPE_CHECKING = False  # importing typing costs the agent 6 ms; type checkers know this name
+if TYPE_CHECKING:
+    from typing import Any, Iterator
+
+MAX_PATH = 4096
+HEX64 = re.compile(r"[0-9a-f]{64}\Z")
+STREAMS = ("out", "err", "note")
+
+
+def canonical(value: Any) -> bytes:
+    """The one way to write an object: the same value always has the same bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
+
+
+def parse(data: bytes, name: str, **fields: type | tuple[type, ...]) -> dict[str, Any]:
+    """Read a JSON object whose `fields` have these types. Raises Corrupt, naming the object."""
+    try:
+        value = json.loads(data)
+    except ValueError:
+        raise Corrupt(f"{name} is damaged: it is not JSON") from None
+    if not isinstance(value, dict):
+        raise Corrupt(f"{name} is damaged: it is not a JSON object")
+    for field, kind in fields.items():
+        if not isinstance(value.get(field), kind):
+            raise Corrupt(f"{name} is damaged: {field!r} is missing or of the wrong type")
+    return value
+
+
+def timestamp(seconds: float) -> str:
+    """Seconds since the epoch as RFC 3339 in UTC, e.g. 2026-11-25T09:10:56.123Z."""
+    when = datetime.fromtimestamp(seconds, timezone.utc)
+    return when.strftime("%Y-%m-%dT%H:%M:%S.") + f"{when.microsecond // 1000:03d}Z"
+
+
+def seconds_of(text: str) -> float:
+    """The inverse of `timestamp`. Raises Corrupt."""
+    try:
+        when = datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ")
+    except (ValueError, TypeError):
+        raise Corrupt(f"{text!r} is not a time") from None
+    return when.replace(tzinfo=timezone.utc).timestamp()
+
+
+# One thing that goes up or comes back. A file has a sha256; a link has a target; a directory neither.
+Entry = namedtuple("Entry", "path mode size sha256 parts link", defaults=(0, 0, "", (), ""))
+
+
+def entry_line(entry: Entry) -> str:
+    """One line of a manifest, without its newline. `path` comes first: the index looks it up by that."""
+    path = quote(entry.path)
+    if entry.link:
+        return f'{{"path":{path},"link":{quote(entry.link)}}}'
+    if not entry.sha256:
+        return f'{{"path":{path},"mode":{entry.mode},"dir":true}}'
+    parts = ",".join(f'["{blob}",{offset},{length}]' for blob, offset, length in entry.parts)
+    return (
+        f'{{"path":{path},"mode":{entry.mode},"size":{entry.size},'
+        f'"sha256":"{entry.sha256}","parts":[{parts}]}}'
+    )
+
+
+def read_entry(value: Any, name: str, *, with_parts: bool) -> Entry:
+    """Check one parsed manifest or outputs line and make an Entry of it. Raises Corrupt."""
+    try:
+        path, mode = value["path"], value.get("mode", 0)
+        check_path(path)
+        if not isinstance(mode, int) or not 0 <= mode <= 0o7777:
+            raise ValueError(mode)
+        if "link" in value:
+            check_link(path, value["link"])
+            return Entry(path, link=value["link"])
+        if value.get("dir"):
+            return Entry(path, mode & 0o777)
+        size, sha256 = value["size"], value["sha256"]
+        parts = tuple(_read_part(part) for part in value["parts"]) if with_parts else ()
+        if with_parts and sum(length for _, _, length in parts) != size:
+            raise ValueError(size)
+        if not isinstance(size, int) or size < 0 or not HEX64.match(sha256):
+            raise ValueError(sha256)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise Corrupt(f"{name} is damaged: {str(value)[:200]!r} is no entry of it") from None
+    return Entry(path, mode & 0o777, size, sha256, parts)
+
+
+def _read_part(part: Any) -> tuple[str, int, int]:
+    blob, offset, length = part
+    if not HEX64.match(blob) or min(offset, length) < 0 or not isinstance(offset + length, int):
+        raise ValueError(part)
+    return blob, offset, length
+
+
+def check_path(path: Any) -> None:
+    """A path is relative, normal, and stays where it is. Raises ValueError."""
+    if not isinstance(path, str) or not path or len(path) > MAX_PATH or "\0" in path:
+        raise ValueError("not a path")
+    if path.startswith("/") or any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError("not a path inside the project")
+
+
+def check_link(path: str, target: Any) -> None:
+    """A link is relative and its target, taken by its words, stays inside the project. Raises ValueError."""
+    if not isinstance(target, str) or not target or len(target) > MAX_PATH or target.startswith("/"):
+        raise ValueError("not a link inside the project")
+    depth = path.count("/")
+    for part in target.split("/"):
+        depth += -1 if part == ".." else 0 if part in ("", ".") else 1
+        if depth < 0:
+            raise ValueError("not a link inside the project")
+
+
+def frame(when: float, stream: str, data: bytes) -> bytes:
+    """One piece of main.py's output: `time stream length\\n`, then the bytes unchanged."""
+    return b"%.3f %s %d\n%s" % (when, stream.encode(), len(data), data)
+
+
+def read_frames(chunk: bytes, name: str) -> Iterator[tuple[float, str, memoryview]]:
+    """(time, stream, bytes) of each frame of a log chunk, in order. Raises Corrupt."""
+    view, at = memoryview(chunk), 0
+    while at < len(chunk):
+        end = chunk.find(b"\n", at, at + 64)
+        try:
+            when, stream, length = chunk[at:end].decode("ascii").split(" ")
+            start, stop = end + 1, end + 1 + int(length)
+            if end < 0 or stream not in STREAMS or not end < stop <= len(chunk):
+                raise ValueError
+            yield float(when), stream, view[start:stop]
+        except ValueError:
+            raise Corrupt(f"{name} is damaged: no frame starts at byte {at}") from None
+        at = stop

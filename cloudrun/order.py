@@ -1,0 +1,83 @@
+"""A run's identity and its order: what to run, within which limits. Written once, before any machine exists."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cloudrun.formats import canonical, parse, seconds_of, timestamp
+
+FIELDS = {"run": str, "project": str, "deadline": str, "limits": dict, "manifest": dict, "argv": list}
+
+
+def new_run_id(project: str, when: float) -> str:
+    """<project>-<YYYYMMDD>-<HHMMSS>-<4 hex>: at most 63 characters that may stand in a label."""
+    return f"{project}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(when))}-{os.urandom(2).hex()}"
+
+
+@dataclass(frozen=True)
+class Order:
+    """order.json. `argv` is the script and its arguments; `limited_by` says which limit set the deadline.
+
+    `origin` is where the run was started: "the latest run" means the latest with the same origin.
+    `env` has the names given with -e; their values travel in env.json.
+    """
+
+    run: str
+    project: str
+    backend: str
+    created: str
+    deadline: str
+    seconds: float
+    limited_by: str
+    price: float | None
+    argv: list[str]
+    outputs: list[str]
+    folders: list[str]
+    env: list[str]
+    if_client_lost: str
+    manifest: dict[str, Any]
+    agent: list[str]
+    limits: dict[str, float] = field(default_factory=dict)
+    origin: list[str] = field(default_factory=lambda: [platform.node(), os.getcwd()])
+
+    @property
+    def prefix(self) -> str:
+        return run_prefix(self.project, self.run)
+
+    def content(self) -> bytes:
+        return canonical(asdict(self))
+
+    def left(self) -> float:
+        """Seconds until the deadline, by this computer's clock."""
+        return seconds_of(self.deadline) - time.time()
+
+
+def run_prefix(project: str, run: str) -> str:
+    return f"{project}/runs/{run}"
+
+
+def read_order(data: bytes, name: str) -> Order:
+    """Raises Corrupt."""
+    value = parse(data, name, **FIELDS)
+    seconds_of(value["deadline"])
+    try:
+        return Order(**value)
+    except TypeError:
+        from cloudrun.errors import Corrupt
+
+        raise Corrupt(f"{name} is damaged, or of another version of cloudrun") from None
+
+
+def deadline(hours: float | None, cost: float | None, price: float | None, created: float) -> tuple[str, float, str]:
+    """(deadline, seconds, what set it): the earlier of the two limits."""
+    seconds, limited_by = (hours * 3600 if hours else float("inf")), "deadline"
+    if cost is not None and price:
+        capped = cost / price * 3600
+        if capped < seconds:
+            seconds, limited_by = capped, "cost"
+    seconds = min(seconds, 30 * 24 * 3600.0)  # what no limit bounds is bounded by a month
+    return timestamp(created + seconds), round(seconds, 3), limited_by

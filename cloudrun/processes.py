@@ -1,0 +1,81 @@
+"""What /proc says about processes. Sent with the agent: standard library, Python 3.8."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import suppress
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Iterable
+
+WRITING = os.O_WRONLY | os.O_RDWR
+
+
+def pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def parents() -> dict[int, int]:
+    """The parent of every process that is not a zombie."""
+    found = {}
+    for pid in pids():
+        with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+            state, parent = file.read().rpartition(b")")[2].split()[:2]
+            if state not in (b"Z", b"X"):
+                found[pid] = int(parent)
+    return found
+
+
+def below(roots: Iterable[int], parent_of: dict[int, int]) -> set[int]:
+    """The roots' children, their children and so on, without the roots themselves."""
+    roots, found = set(roots), set(roots)
+    while True:
+        more = {pid for pid, parent in parent_of.items() if parent in found} - found
+        if not more:
+            return found - roots
+        found |= more
+
+
+def descendants() -> set[int]:
+    return below([os.getpid()], parents())
+
+
+def send(signum: int, targets: Iterable[int]) -> None:
+    for pid in targets:
+        with suppress(OSError):
+            os.kill(pid, signum)
+
+
+def kill_descendants(limit: float) -> bool:
+    """SIGKILL until nothing is left below this process; False if that took longer than `limit` seconds."""
+    deadline = time.monotonic() + limit
+    while True:
+        left = descendants()
+        if not left or time.monotonic() > deadline:
+            return not left
+        send(signal.SIGKILL, left)
+        time.sleep(0.005)
+
+
+def open_for_writing(owners: Iterable[int]) -> set[tuple[int, int]]:
+    """(device, inode) of every regular file that one of these processes has open or mapped for writing."""
+    found = set()
+    for pid in owners:
+        with suppress(OSError):
+            for number in os.listdir(f"/proc/{pid}/fd"):
+                with suppress(OSError, ValueError, IndexError):
+                    with open(f"/proc/{pid}/fdinfo/{number}", "rb") as file:
+                        flags = int(file.read().split(b"flags:", 1)[1].split(None, 1)[0], 8)
+                    if flags & WRITING:
+                        status = os.stat(f"/proc/{pid}/fd/{number}")
+                        found.add((status.st_dev, status.st_ino))
+        with suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:
+            for line in maps:
+                fields = line.split(None, 5)
+                if fields[1][1:4:2] == b"ws" and fields[4] != b"0":  # shared and writable
+                    major, minor = (int(part, 16) for part in fields[3].split(b":"))
+                    found.add((os.makedev(major, minor), int(fields[4])))
+    return found

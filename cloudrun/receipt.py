@@ -1,0 +1,88 @@
+"""The agent's last word, checked, and what exit code a run ends in."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+from cloudrun.errors import FAILED, LIMIT, UNKNOWN
+from cloudrun.formats import parse
+from cloudrun.storage import Bucket
+
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "reason": str,
+    "status": (int, type(None)),
+    "signal": (str, type(None)),
+    "message": str,
+    "save": str,
+    "by": str,
+    "started": str,
+    "ended": str,
+    "seconds": (int, float),
+    "chunks": int,
+    "attempt": int,
+    "uncopied": int,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, whoever said so. `reason`: exited, deadline, cost, stopped, client-lost, guard-lost,
+    failed, preempted or lost; `exit_code` is cloudrun's own; `seconds` is main.py's run time, if known."""
+
+    reason: str
+    exit_code: int
+    words: str
+    seconds: float | None = None
+    receipt: dict[str, Any] | None = None
+
+
+def read_receipt(bucket: Bucket, prefix: str) -> dict[str, Any] | None:
+    """The receipt, or None while there is none. Raises Corrupt."""
+    name = prefix + "/receipt.json"
+    if bucket.size(name) is None:
+        return None
+    return parse(bucket.get(name)[0], name, **FIELDS)
+
+
+def outcome_of(receipt: dict[str, Any]) -> Outcome:
+    """What a receipt means for the user."""
+    code, words = _exit_of(receipt)
+    reason = receipt["reason"]
+    if reason == "failed":
+        code, words = FAILED, f"main.py was not started: {receipt['message']}"
+    elif reason in ("deadline", "cost"):
+        limit = "the deadline" if reason == "deadline" else "the cost cap"
+        code, words = LIMIT, f"ended at {limit} ({words})"
+    elif reason == "stopped":
+        code, words = user_code(receipt["by"]), f"ended by the user ({words})"
+    elif reason == "client-lost":
+        code, words = user_code("SIGHUP"), f"ended because no client was left ({words})"
+    elif reason != "exited":
+        code, words = UNKNOWN, f"ended early, {reason} ({words})"
+    if receipt["save"]:
+        words += f"; its last outputs could not be saved: {receipt['save']}"
+        code = code or UNKNOWN
+    return Outcome(reason, code, words, float(receipt["seconds"]), receipt)
+
+
+def billed_outcome(bill: dict[str, Any]) -> Outcome:
+    """How a run ended that left no receipt, as its bill remembers."""
+    code = bill.get("exit_code")
+    return Outcome(str(bill.get("reason")), code if isinstance(code, int) else UNKNOWN, f"ended, {bill.get('reason')}")
+
+
+def user_code(by: str) -> int:
+    """The exit code of a run that the user ended with this signal, or with `cloudrun stop`."""
+    return 128 + getattr(signal, by, signal.SIGINT)
+
+
+def _exit_of(receipt: dict[str, Any]) -> tuple[int, str]:
+    if receipt["signal"]:
+        number = getattr(signal, receipt["signal"], None)
+        text = receipt["signal"].removeprefix("SIG")
+        return 128 + (number or int(text) if number or text.isdigit() else 0), receipt["signal"]
+    if receipt["status"] is None:
+        return UNKNOWN, "not started"
+    return receipt["status"], f"exit {receipt['status']}"

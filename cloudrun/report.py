@@ -1,0 +1,107 @@
+"""Everything that the user is told, on stderr: plain lines, or on a terminal also one line that is redrawn."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+
+REDRAW_SECONDS = 0.1
+BAR = 20
+
+
+def human_bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def human_money(cost: float | None) -> str:
+    return "cost unknown" if cost is None else f"{cost:.2f} USD" if cost >= 0.01 or cost == 0 else f"{cost:.4f} USD"
+
+
+class Report:
+    """`stage` names what happens next, for those who watch the story; the rest is for the user.
+
+    quiet 1: only what is wrong. verbose: also what is usually of no interest.
+    """
+
+    def __init__(self, *, quiet: bool, verbose: bool, environ: Mapping[str, str], fd: int = 2) -> None:
+        self._quiet, self._verbose, self._fd = quiet, verbose, fd
+        self._terminal = os.isatty(fd) and environ.get("TERM") != "dumb"
+        self._colour = self._terminal and not environ.get("NO_COLOR")
+        self._drawn = False
+        self._drawn_at = 0.0
+        self._begun: dict[str, float] = {}
+
+    def stage(self, name: str) -> None:
+        """The story has come to this point."""
+
+    def say(self, text: str) -> None:
+        if not self._quiet:
+            self._line(text)
+
+    def detail(self, text: str) -> None:
+        if self._verbose:
+            self._line(text)
+
+    def warn(self, text: str) -> None:
+        self._line(text, "33")
+
+    def error(self, text: str) -> None:
+        self._line(text, "31")
+
+    def progress(self, what: str, files: int, of_files: int, size: int, of_size: int) -> None:
+        """How far the sending or fetching is, redrawn on a terminal and nowhere else."""
+        begun = self._begun.setdefault(what, time.monotonic())
+        if not self._may_draw():
+            return
+        share = size / of_size if of_size else files / max(of_files, 1)
+        filled = int(BAR * min(share, 1))
+        left = ""
+        if share > 0.01 and time.monotonic() - begun > 1:
+            left = f", {human_seconds((time.monotonic() - begun) * (1 - share) / share)} left"
+        bar = "#" * filled + "-" * (BAR - filled)
+        counts = f"{human_bytes(size)} of {human_bytes(of_size)}, {files} of {of_files} files"
+        self._draw(f"{what} [{bar}] {counts}{left}")
+
+    def status(self, text: str) -> None:
+        """What is going on, redrawn on a terminal and nowhere else."""
+        if self._may_draw():
+            self._draw(text)
+
+    def clear(self) -> None:
+        """Make room for main.py's own output."""
+        if self._drawn:
+            self._write("\r\x1b[K")
+            self._drawn = False
+
+    def _may_draw(self) -> bool:
+        return self._terminal and not self._quiet and time.monotonic() - self._drawn_at > REDRAW_SECONDS
+
+    def _draw(self, text: str) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        self._write("\r" + f"cloudrun: {text}"[:width] + "\x1b[K")
+        self._drawn, self._drawn_at = True, time.monotonic()
+
+    def _line(self, text: str, colour: str = "") -> None:
+        self.clear()
+        for line in text.split("\n"):
+            line = f"cloudrun: {line}"
+            self._write(f"\x1b[{colour}m{line}\x1b[0m\n" if colour and self._colour else line + "\n")
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):  # a closed terminal is no reason to stop anything
+            os.write(self._fd, text.encode("utf-8", "backslashreplace"))

@@ -1,0 +1,118 @@
+"""Runs as the bucket knows them: which there are, and everything that is known of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cloudrun.errors import Corrupt, Missing, UsageError
+from cloudrun.formats import parse
+from cloudrun.order import Order, read_order, run_prefix
+from cloudrun.receipt import outcome_of, read_receipt
+from cloudrun.storage import Bucket
+
+SCHEMA = 1
+
+
+def open_runs(bucket: Bucket) -> list[tuple[str, str]]:
+    """(project, run) of every run whose bill is not closed. A damaged entry is skipped: gc must go on."""
+    found = []
+    for name in bucket.list("open/"):
+        try:
+            value = parse(bucket.get(name)[0], name, run=str, project=str)
+        except (Missing, Corrupt):
+            continue
+        found.append((value["project"], value["run"]))
+    return found
+
+
+def load(bucket: Bucket, project: str, run: str) -> Order:
+    name = run_prefix(project, run) + "/order.json"
+    return read_order(bucket.get(name)[0], name)
+
+
+def find_run(bucket: Bucket, project: str, text: str | None, origin: list[str]) -> Order:
+    """The run that `text` is the id of, or a unique part of it; without it the latest from `origin`.
+
+    Raises UsageError.
+    """
+    if text is None:
+        return _latest(bucket, project, origin)
+    matches = [(where, run) for where, run in _all(bucket, project) if text in run]
+    exact = [match for match in matches if match[1] == text]
+    if len(exact or matches) == 1:
+        return load(bucket, *(exact or matches)[0])
+    if matches:
+        some = ", ".join(run for _, run in matches[:5])
+        raise UsageError(f"{text!r} is part of {len(matches)} runs ({some}); give more of the id")
+    raise UsageError(f"there is no run {text!r} in {bucket.url}; `cloudrun ps` shows the open ones")
+
+
+def _all(bucket: Bucket, project: str) -> list[tuple[str, str]]:
+    projects = [name for name in bucket.dirs("") if name != "open"]
+    projects.sort(key=lambda name: name != project)
+    return [(name, run) for name in projects for run in bucket.dirs(f"{name}/runs/")]
+
+
+def _latest(bucket: Bucket, project: str, origin: list[str]) -> Order:
+    runs = bucket.dirs(f"{project}/runs/")
+    for run in sorted(runs, key=lambda run: run.rsplit("-", 3)[1:], reverse=True):
+        try:
+            order = load(bucket, project, run)
+        except (Missing, Corrupt):
+            continue
+        if order.origin == origin:
+            return order
+    raise UsageError("no run was started from this directory; `cloudrun ps` shows the open ones, give a run id")
+
+
+def last_attempt(bucket: Bucket, order: Order) -> int:
+    """The number of the newest attempt that a client claimed, 0 before the first."""
+    numbers = [int(name) for name in bucket.dirs(order.prefix + "/attempts/") if name.isdigit()]
+    return max(numbers, default=0)
+
+
+def attempt_object(bucket: Bucket, order: Order, attempt: int, what: str) -> dict[str, Any] | None:
+    """claim.json, agent.json, state.json or end.json of an attempt; None where there is none."""
+    name = f"{order.prefix}/attempts/{attempt}/{what}.json"
+    if bucket.size(name) is None:
+        return None
+    try:
+        return parse(bucket.get(name)[0], name)
+    except Missing:
+        return None
+
+
+def read_bill(bucket: Bucket, order: Order) -> dict[str, Any] | None:
+    name = order.prefix + "/bill.json"
+    if bucket.size(name) is None:
+        return None
+    return parse(bucket.get(name)[0], name, seconds=(int, float, type(None)), layer=str, proof=str)
+
+
+def record(bucket: Bucket, order: Order) -> dict[str, Any]:
+    """The one documented JSON object about a run, for `ps`, `wait` and `--json`."""
+    attempt = last_attempt(bucket, order)
+    state = attempt_object(bucket, order, attempt, "state") or {}
+    receipt, bill = read_receipt(bucket, order.prefix), read_bill(bucket, order)
+    outcome = outcome_of(receipt) if receipt else None
+    ended = (bill or {}).get("exit_code")
+    return {
+        "schema": SCHEMA,
+        "run": order.run,
+        "project": order.project,
+        "directory": order.origin[1],
+        "host": order.origin[0],
+        "backend": order.backend,
+        "state": "ended" if bill else "ending" if receipt else state.get("phase", "starting"),
+        "attempt": attempt,
+        "started": order.created,
+        "deadline": order.deadline,
+        "price_usd_per_hour": order.price,
+        "reason": outcome.reason if outcome else (bill or {}).get("reason"),
+        "exit_code": outcome.exit_code if outcome else ended,
+        "run_seconds": outcome.seconds if outcome else None,
+        "billed_seconds": bill["seconds"] if bill else None,
+        "cost_usd": bill["cost"] if bill else None,
+        "ended_by": bill["layer"] if bill else None,
+        "proof": bill["proof"] if bill else None,
+    }

@@ -1,0 +1,145 @@
+"""From a project to a stored order: scan, send, write. Nothing here costs money."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cloudrun.bill import forget
+from cloudrun.config import Settings
+from cloudrun.formats import canonical, timestamp
+from cloudrun.index import Index, index_path
+from cloudrun.order import Order, deadline, new_run_id, run_prefix
+from cloudrun.project import DATA, Scan, returned, scan, summary
+from cloudrun.report import Report, human_bytes
+from cloudrun.send import Plan, Sent, plan, send
+from cloudrun.storage import Bucket
+
+AGENT_MODULES = ("errors", "formats", "processes", "storage/__init__", "storage/folder")
+AGENT_MAIN = "from cloudrun.agent.main import main\n\nmain()\n"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asked for on the command line. `argv` starts with the script's path in the project."""
+
+    argv: list[str]
+    env: dict[str, str]
+    outputs: tuple[str, ...] = ()
+    if_client_lost: str = "finish"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A project looked at, and nothing done yet."""
+
+    scanned: Scan
+    index: Index
+    plan: Plan
+
+
+def prepare(settings: Settings, bucket: Bucket) -> Prepared:
+    scanned = scan(os.curdir)
+    index = Index(index_path(bucket.url, settings.project))
+    return Prepared(scanned, index, plan(scanned.found, index, bucket, settings.project))
+
+
+def describe(prepared: Prepared) -> str:
+    """The one line about what goes up and what stays here."""
+    work, left_out = prepared.plan, summary(prepared.scanned.left_out)
+    line = f"sending {work.new_files} of {work.files} files, {human_bytes(work.new_bytes)} of {human_bytes(work.bytes)}"
+    return f"{line}; left out: {left_out}" if left_out else line
+
+
+def store(prepared: Prepared, settings: Settings, wanted: Wanted, price: float | None, client: tuple[Bucket, Report]) -> Order:
+    """Send what is missing and write the order: from here on the run exists. Undone if that fails half-way."""
+    bucket, report = client
+    run = new_run_id(settings.project, time.time())
+    prefix = run_prefix(settings.project, run)
+    bucket.create(f"open/{run}", canonical({"run": run, "project": settings.project}))
+    try:
+        report.stage("send")
+        sent = _send(prepared, settings, bucket, report)
+        digest = hashlib.sha256()
+        bucket.create(prefix + "/manifest.jsonl", _hashed(sent, digest))
+        if wanted.env:
+            bucket.create(prefix + "/env.json", canonical(wanted.env))
+        order = make_order(run, settings, wanted, price, sent, digest.hexdigest(), agent_of(bucket, settings.project))
+        report.stage("order")
+        bucket.create(prefix + "/order.json", order.content())
+    except BaseException:
+        forget(bucket, prefix, run)
+        raise
+    return order
+
+
+def make_order(
+    run: str, settings: Settings, wanted: Wanted, price: float | None, sent: Sent | Plan, manifest: str, agent: str
+) -> Order:
+    created = time.time()
+    until, seconds, limited_by = deadline(settings.max_hours, settings.max_cost, price, created)
+    outputs = returned(wanted.outputs)
+    return Order(
+        run=run,
+        project=settings.project,
+        backend=settings.backend,
+        created=timestamp(created),
+        deadline=until,
+        seconds=seconds,
+        limited_by=limited_by,
+        price=price,
+        argv=wanted.argv,
+        outputs=outputs,
+        folders=sorted({*DATA, *outputs}),
+        env=sorted(wanted.env),
+        if_client_lost=wanted.if_client_lost,
+        manifest={"sha256": manifest, "files": sent.files, "bytes": sent.bytes},
+        agent=[f"{settings.project}/blobs/{agent}", agent],
+        limits=settings.limits,
+    )
+
+
+def agent_of(bucket: Bucket, project: str) -> str:
+    """Store the agent, if it is not there yet, and return its sha256."""
+    data = agent_archive()
+    sha256 = hashlib.sha256(data).hexdigest()
+    if bucket.size(f"{project}/blobs/{sha256}") is None:
+        bucket.put_blob(f"{project}/blobs/", [data])
+    return sha256
+
+
+def agent_archive() -> bytes:
+    """The agent as a zipapp: always the same bytes for the same sources."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    agent = sorted(name for name in os.listdir(os.path.join(package, "agent")) if name.endswith(".py"))
+    modules = [f"{name}.py" for name in AGENT_MODULES] + [f"agent/{name}" for name in agent]
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(zipfile.ZipInfo("__main__.py"), AGENT_MAIN)
+        archive.writestr(zipfile.ZipInfo("cloudrun/__init__.py"), "")
+        for module in modules:
+            with open(os.path.join(package, module), encoding="utf-8") as file:
+                archive.writestr(zipfile.ZipInfo("cloudrun/" + module), file.read())
+    return buffer.getvalue()
+
+
+def _send(prepared: Prepared, settings: Settings, bucket: Bucket, report: Report) -> Sent:
+    done = [0, 0]
+
+    def progress(files: int, size: int) -> None:
+        done[0] += files
+        done[1] += size
+        report.progress("sending", done[0], prepared.plan.new_files, done[1], prepared.plan.new_bytes)
+
+    return send(prepared.plan, prepared.index, bucket, settings.project, progress)
+
+
+def _hashed(sent: Sent, digest: hashlib._Hash) -> Iterator[bytes]:
+    for piece in sent.manifest():
+        digest.update(piece)
+        yield piece

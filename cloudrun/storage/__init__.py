@@ -1,0 +1,98 @@
+"""The bucket: the only place where client and machine meet.
+
+`Bucket` is the whole contract. Adding a storage is a file beside this one and a line in `open_bucket`.
+Sent with the agent: standard library, Python 3.8.
+"""
+
+from __future__ import annotations
+
+from cloudrun.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Iterable, Iterator, Protocol
+else:
+    Protocol = object
+
+MAX_NAME = 1024  # bytes, Cloud Storage's own limit
+
+
+class Bucket(Protocol):
+    """Objects under one directory of a bucket, by name. Safe to use from several threads.
+
+    A name is 1 to 1,024 bytes of UTF-8 without control characters, and none of its parts between
+    slashes is empty, `.` or `..`. Every method raises `BucketRefused` for a name that the storage
+    cannot hold or when it says no for good (full, read-only, forbidden), and `BucketError` when it
+    cannot be reached.
+    """
+
+    url: str
+    pace: float  # seconds that a polling client or agent leaves between two looks
+    part_bytes: int  # a larger file is cut into parts of this size
+
+    def get(self, name: str) -> tuple[bytes, str]:
+        """The content and its version, which changes with the content. Raises Missing."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of the object, or None where there is none."""
+
+    def chunks(self, name: str, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
+        """The bytes of a range, in pieces of at most 4 MiB. Raises Missing; Corrupt if it is short."""
+
+    def create(self, name: str, content: bytes | Iterable[bytes]) -> bool:
+        """Store an object that must not exist yet, all of it or nothing.
+
+        Our own earlier write whose reply was lost is success: an object with equal content gives
+        False instead of True. Raises Conflict if there is one with another content.
+        """
+
+    def put(self, name: str, data: bytes) -> None:
+        """Store or replace, whatever was there; readers see the old or the new content."""
+
+    def swap(self, name: str, data: bytes, version: str | None) -> str:
+        """Replace exactly this version (None: there is no object) and return the new version.
+
+        Raises Conflict if somebody was faster.
+        """
+
+    def put_blob(self, prefix: str, content: Iterable[bytes], *, durable: bool = False) -> str:
+        """Store content under `prefix` + its sha256, and return the sha256. Already there is success.
+
+        `durable`: when this returns, the content outlives a power failure.
+        """
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy inside the bucket, replacing the target. Raises Missing."""
+
+    def clone(self, name: str, path: str) -> bool:
+        """Make `path` share the object's storage if both live on a file system that can; else False."""
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Full names of all objects below `prefix`, which is empty or ends in a slash, sorted."""
+
+    def dirs(self, prefix: str) -> list[str]:
+        """The next parts of the names below `prefix` that have more parts after them, sorted."""
+
+    def delete(self, name: str) -> None:
+        """Absent is success."""
+
+    def tidy(self) -> None:
+        """Remove what killed writers left behind."""
+
+
+def open_bucket(url: str) -> Bucket:
+    """The bucket of a URL: `file:///directory`. Raises UsageError for one that we cannot speak to."""
+    if url.startswith("file:///"):
+        from cloudrun.storage.folder import FolderBucket
+
+        return FolderBucket(url[len("file://") :])
+    raise UsageError(f"GCS_DIR={url}: this version keeps its bucket in a folder; use file:///DIRECTORY")
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless every storage can hold an object of this name."""
+    encoded = name.encode("utf-8", "strict")  # a lone surrogate is a ValueError
+    if not 0 < len(encoded) <= MAX_NAME or any(ord(c) < 32 or ord(c) == 127 for c in name):
+        raise ValueError(name)
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError(name)

@@ -1,0 +1,280 @@
+"""A bucket on a directory. Sent with the agent: standard library, Python 3.8.
+
+Objects are files. What is created once is linked into place, what is replaced is renamed into place,
+compare and swap holds a lock for the moment between looking and renaming.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import queue
+import threading
+import time
+from contextlib import contextmanager, suppress
+
+from cloudrun.errors import BucketError, BucketRefused, Conflict, Corrupt, Missing
+from cloudrun.storage import check_name
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import BinaryIO, Callable, Iterable, Iterator
+
+PIECE = 4 << 20
+LOCK_SECONDS = 10.0  # a holder that was stopped (SIGSTOP) must not stop everybody
+STALE_SECONDS = 24 * 3600.0
+FICLONE = 0x40049409
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+REFUSALS |= {errno.ENOTDIR, errno.EISDIR, errno.EINVAL}
+
+
+class FolderBucket:
+    """See cloudrun.storage.Bucket. Only the owner can read what is stored here."""
+
+    pace = 0.025
+    part_bytes = 1 << 62  # cutting a file into parts gains nothing on a disk
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.abspath(root)
+        self.url = "file://" + self.root
+
+    def get(self, name: str) -> tuple[bytes, str]:
+        data = b"".join(self.chunks(name))
+        return data, _version(data)
+
+    def size(self, name: str) -> int | None:
+        try:
+            with self._translated(name):
+                return os.stat(self._path(name)).st_size
+        except Missing:
+            return None
+
+    def chunks(self, name: str, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
+        with self._translated(name), open(self._path(name), "rb", buffering=0) as file:
+            left = os.fstat(file.fileno()).st_size - offset if length is None else length
+            file.seek(offset)
+            while left > 0:
+                piece = file.read(min(left, PIECE))
+                if not piece:
+                    raise Corrupt(f"{self._path(name)} is damaged: {left} bytes are missing")
+                left -= len(piece)
+                yield piece
+
+    def create(self, name: str, content: bytes | Iterable[bytes]) -> bool:
+        pieces = [content] if isinstance(content, bytes) else content
+        with self._translated(name), self._written(pieces) as (temporary, digest):
+            if self._link(temporary, self._path(name)):
+                return True
+            if self._digest(name) == digest:
+                return False
+        raise Conflict(f"{name} exists already, with another content")
+
+    def put(self, name: str, data: bytes) -> None:
+        with self._translated(name), self._written([data]) as (temporary, _):
+            self._rename(temporary, self._path(name))
+
+    def swap(self, name: str, data: bytes, version: str | None) -> str:
+        with self._translated(name), self._written([data], durable=True) as (temporary, _):
+            with self._lock(name):
+                try:
+                    found: str | None = self.get(name)[1]
+                except Missing:
+                    found = None
+                if found != version:
+                    raise Conflict(f"{name} was replaced by somebody else")
+                self._rename(temporary, self._path(name))
+        return _version(data)
+
+    def put_blob(self, prefix: str, content: Iterable[bytes], *, durable: bool = False) -> str:
+        with self._translated(prefix), self._written(content, durable=durable) as (temporary, digest):
+            self._link(temporary, self._path(prefix + digest))
+            return digest
+
+    def copy(self, source: str, target: str) -> None:
+        with self._translated(source), self._written(self.chunks(source)) as (temporary, _):
+            self._rename(temporary, self._path(target))
+
+    def clone(self, name: str, path: str) -> bool:
+        with self._translated(name), open(self._path(name), "rb") as source, open(path, "wb") as target:
+            try:
+                fcntl.ioctl(target.fileno(), FICLONE, source.fileno())
+            except OSError:
+                return False
+        return True
+
+    def list(self, prefix: str) -> Iterator[str]:
+        with self._translated(prefix):
+            for entry in self._entries(prefix):
+                if entry.is_dir(follow_symlinks=False):
+                    yield from self.list(prefix + entry.name + "/")
+                else:
+                    yield prefix + entry.name
+
+    def dirs(self, prefix: str) -> list[str]:
+        with self._translated(prefix):
+            return [entry.name for entry in self._entries(prefix) if entry.is_dir()]
+
+    def delete(self, name: str) -> None:
+        with suppress(Missing), self._translated(name):
+            os.unlink(self._path(name))
+
+    def tidy(self) -> None:
+        before = time.time() - STALE_SECONDS
+        with suppress(OSError):
+            for entry in os.scandir(os.path.join(self.root, ".tmp")):
+                if entry.stat(follow_symlinks=False).st_mtime < before:
+                    os.unlink(entry.path)
+
+    def _path(self, name: str) -> str:
+        try:
+            check_name(name)
+        except ValueError:
+            raise BucketRefused(f"a bucket cannot hold an object called {name!r}") from None
+        return os.path.join(self.root, name)
+
+    def _entries(self, prefix: str) -> list[os.DirEntry[str]]:
+        path = self._path(prefix[:-1]) if prefix else self.root
+        try:
+            entries = os.scandir(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        with entries:  # a slash sorts as itself, so that the whole listing comes out sorted
+            visible = [entry for entry in entries if prefix or not entry.name.startswith(".")]
+        return sorted(visible, key=lambda entry: entry.name + "/" * entry.is_dir())
+
+    @contextmanager
+    def _written(self, pieces: Iterable[bytes], *, durable: bool = False) -> Iterator[tuple[str, str]]:
+        """A temporary file with this content, and the content's sha256; gone again at the end."""
+        folder = os.path.join(self.root, ".tmp")
+        path = os.path.join(folder, f"{os.getpid()}-{os.urandom(8).hex()}")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        try:
+            descriptor = os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            descriptor = os.open(path, flags, 0o600)
+        try:
+            with open(descriptor, "wb", buffering=0) as file:
+                digest = _write_hashed(file, pieces)
+                if durable:
+                    os.fsync(file.fileno())
+            yield path, digest
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def _link(self, temporary: str, path: str) -> bool:
+        try:
+            _with_parents(os.link, temporary, path)
+        except FileExistsError:
+            return False
+        return True
+
+    def _rename(self, temporary: str, path: str) -> None:
+        _with_parents(os.replace, temporary, path)
+
+    def _digest(self, name: str) -> str:
+        digest = hashlib.sha256()
+        for piece in self.chunks(name):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        folder = os.path.join(self.root, ".lock")
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        path = os.path.join(folder, hashlib.sha256(name.encode()).hexdigest())
+        with open(path, "wb") as file:
+            deadline = time.monotonic() + LOCK_SECONDS
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise BucketError(f"{path} has been locked for {LOCK_SECONDS:.0f} s") from None
+                    time.sleep(0.005)
+            yield
+
+    @contextmanager
+    def _translated(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise Missing(f"there is no {name} in {self.url}") from None
+        except OSError as error:
+            kind = BucketRefused if error.errno in REFUSALS else BucketError
+            raise kind(f"the bucket folder {self.root} cannot hold {name}: {error.strerror}") from error
+
+
+def _version(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _write_hashed(file: BinaryIO, pieces: Iterable[bytes]) -> str:
+    """Hash on this thread; large content is written on another one at the same time."""
+    digest, small = hashlib.sha256(), True
+    writer = None
+    try:
+        for piece in pieces:
+            if writer is None and not small:
+                writer = _Writer(file)
+            if writer is None:
+                _write_all(file, piece)
+                small = len(piece) < 1 << 20
+            else:
+                writer.put(piece)
+            digest.update(piece)
+    finally:
+        if writer is not None:
+            writer.close()
+    return digest.hexdigest()
+
+
+class _Writer:
+    """Writes what it is given on a thread of its own; an error comes back from put or close."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._queue: queue.Queue[bytes | None] = queue.Queue(2)
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def put(self, piece: bytes) -> None:
+        if self._error is not None:
+            raise self._error
+        self._queue.put(piece)
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while True:
+            piece = self._queue.get()
+            if piece is None:
+                return
+            try:
+                if self._error is None:
+                    _write_all(self._file, piece)
+            except OSError as error:  # keep emptying the queue: put must not block for ever
+                self._error = error
+
+
+def _write_all(file: BinaryIO, piece: bytes) -> None:
+    view = memoryview(piece)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _with_parents(act: Callable[[str, str], None], temporary: str, path: str) -> None:
+    try:
+        act(temporary, path)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        act(temporary, path)

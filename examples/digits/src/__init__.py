@@ -1,0 +1,4 @@
+"""The modules of main.py.
+
+This file keeps any other package called `src` from being found instead.
+"""

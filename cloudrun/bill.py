@@ -7,8 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from cloudrun.errors import Conflict, CloudrunError, StillRunning
 from cloudrun.backends import Backend
+from cloudrun.errors import CloudrunError, Conflict, StillRunning
 from cloudrun.formats import canonical, timestamp
 from cloudrun.order import Order
 from cloudrun.storage import Bucket

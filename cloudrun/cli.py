@@ -39,7 +39,11 @@ class Cli(click.Group):
 
 
 def script_command(name: str) -> click.Command:
-    settings = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
+    settings = {
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+        "help_option_names": [],
+    }
     arguments = click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)
 
     @click.pass_context
@@ -47,28 +51,60 @@ def script_command(name: str) -> click.Command:
         assert context.parent
         return run_script(name, arguments, **context.parent.params)
 
-    return click.Command(name, params=[arguments], callback=callback, context_settings=settings, add_help_option=False)
+    return click.Command(
+        name,
+        params=[arguments],
+        callback=callback,
+        context_settings=settings,
+        add_help_option=False,
+    )
 
 
-@click.group(cls=Cli, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
+@click.group(
+    cls=Cli,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+)
 @click.option("--backend", metavar="NAME", help="Where to run: gcp, vast or local.")
-@click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="For the program; without a value it is taken from here. Repeatable.")
-@click.option("-o", "--output", multiple=True, metavar="DIR", help="Another directory that comes back, besides model/ and checkpoint/. Repeatable.")
+@click.option(
+    "-e",
+    "--env",
+    multiple=True,
+    metavar="KEY[=VALUE]",
+    help="For the program; without a value it is taken from here. Repeatable.",
+)
+@click.option(
+    "-o",
+    "--output",
+    multiple=True,
+    metavar="DIR",
+    help="Another directory that comes back, besides model/ and checkpoint/. Repeatable.",
+)
 @click.option("--max-hours", metavar="HOURS", help="End the run after so long.")
 @click.option("--max-cost", metavar="USD", help="End the run before it costs more.")
 @click.option("--detach", is_flag=True, help="Return when the machine works; print the run's id.")
-@click.option("--if-client-lost", type=click.Choice(["finish", "stop"]), default="finish", show_default=True, help="What the machine does when this command is gone.")
+@click.option(
+    "--if-client-lost",
+    type=click.Choice(["finish", "stop"]),
+    default="finish",
+    show_default=True,
+    help="What the machine does when this command is gone.",
+)
 @click.option("--wait", is_flag=True, help="Queue if another run has the VM.")
 @click.option("--dry-run", is_flag=True, help="Say what would be sent, done and spent; do nothing.")
-@click.option("--json", "json_file", metavar="FILE", help="Write what is known of the run to FILE at its end.")
+@click.option(
+    "--json", "json_file", metavar="FILE", help="Write what is known of the run to FILE at its end."
+)
 @click.option("-q", "--quiet", is_flag=True, help="Say only what is wrong.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @click.version_option(__version__, prog_name="cloudrun")
 def cli(**options: Any) -> None:
-    """Run SCRIPT of the project in this directory on a machine that is rented for exactly as long as it takes.
+    """Run SCRIPT of the project in this directory on a machine rented for exactly as long as it takes.
 
-    data/, model/, checkpoint/ and the code go up, the program's output appears here as it is printed, model/ and
-    checkpoint/ come back, the machine is ended and seen ended, and the exit code is the program's own.
+    data/, model/, checkpoint/ and the code go up, the program's output appears here as it is printed,
+    model/ and checkpoint/ come back, the machine is ended and seen ended, and the exit code is the
+    program's own.
     """
 
 
@@ -187,7 +223,9 @@ def open_client(settings: Settings, report: Any) -> Any:
     return opened()
 
 
-def command(name: str, help: str, *options: Callable[..., Any], run_argument: bool = True) -> Callable[..., Any]:
+def command(
+    name: str, help: str, *options: Callable[..., Any], run_argument: bool = True
+) -> Callable[..., Any]:
     """A subcommand about one run, or about all."""
 
     def decorate(function: Callable[..., int]) -> click.Command:
@@ -209,7 +247,9 @@ def command(name: str, help: str, *options: Callable[..., Any], run_argument: bo
     return decorate
 
 
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="On stdout, as JSON; see the README for the fields.")
+AS_JSON = click.option(
+    "--json", "as_json", is_flag=True, help="On stdout, as JSON; see the README for the fields."
+)
 
 
 @command("ps", "Show the runs whose bill is still open.", AS_JSON, run_argument=False)
@@ -273,7 +313,7 @@ def completion(shell: str) -> int:
 
 
 def open_descriptors() -> None:
-    """Stand-ins for a closed stdin, stdout or stderr: else the next file that we open would get its number."""
+    """Stand-ins for closed standard streams: else the next file that we open would get its number."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -294,7 +334,11 @@ def main() -> None:
     except CloudrunError as error:
         open_report().error(str(error))
         code = error.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt, EOFError):  # Click turns these into exit code 1
+    except (
+        click.exceptions.Abort,
+        KeyboardInterrupt,
+        EOFError,
+    ):  # Click turns these into exit code 1
         code = 130
     except OSError as error:
         open_report().error(f"{error}")

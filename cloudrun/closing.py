@@ -1,4 +1,4 @@
-"""The last words to the user: what came home, how it went, what it cost. And, before all, what a run would do."""
+"""The last words to the user: what came home, how it went, what it cost; and what a run would do."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 from cloudrun.backends import Offer
 from cloudrun.config import Settings
 from cloudrun.errors import FAILED, CloudrunError
+from cloudrun.formats import shown
 from cloudrun.order import Order
 from cloudrun.pull import Pulled, pull
 from cloudrun.receipt import Outcome
 from cloudrun.report import human_bytes, human_money, human_seconds
 from cloudrun.run import Client, check_time
 from cloudrun.runs import read_bill, record
-from cloudrun.start import Wanted, make_order, prepare
+from cloudrun.start import Wanted, amount, make_order, prepare
 from cloudrun.storage import Bucket
 
 
@@ -39,7 +40,7 @@ def bring_home(client: Client, order: Order, outcome: Outcome) -> tuple[int, Pul
 
 def say_pulled(client: Client, order: Order, pulled: Pulled) -> None:
     for path in pulled.beside:
-        client.report.warn(f"stored as {ascii(path)[1:-1]}: the file here is not what this run sent")
+        client.report.warn(f"stored as {shown(path)}: the file here is not what this run sent")
 
 
 def last_line(bucket: Bucket, order: Order, outcome: Outcome, pulled: Pulled) -> str:
@@ -74,11 +75,11 @@ def dry_run_lines(settings: Settings, wanted: Wanted, bucket: Bucket, offer: Off
     yield f"to {bucket.url}/{settings.project}:"
     for item, line in zip(work.found, work.lines, strict=True):
         mark = "send" if line is None else "have"
-        yield f"  {mark} {ascii(item.path)[1:-1]} ({human_bytes(item.status.st_size)})"
+        yield f"  {mark} {shown(item.path)} ({human_bytes(item.status.st_size)})"
     for why, paths in prepared.scanned.left_out.items():
         for path in paths:
-            yield f"  leave {ascii(path)[1:-1]} ({why})"
-    yield f"  {work.new_files} of {work.files} files, {human_bytes(work.new_bytes)} of {human_bytes(work.bytes)}"
+            yield f"  leave {shown(path)} ({why})"
+    yield "  " + amount(work)
     names = ", ".join(sorted(wanted.env)) or "nothing"
     yield f"run: {' '.join(wanted.argv)}, with {names} from -e"
     yield f"on: {offer.what} ({settings.backend}), ended at {order.deadline} at the latest"

@@ -47,7 +47,9 @@ def ps(client: Client, *, as_json: bool) -> Iterator[str]:
         yield COLUMNS.format("RUN", "STATE", "BACKEND", "AGE", "USD/H")
         for item in sorted(records, key=lambda item: str(item["started"])):
             price = "unknown" if item["price_usd_per_hour"] is None else f"{item['price_usd_per_hour']:.2f}"
-            yield COLUMNS.format(item["run"], item["state"], item["backend"], age(seconds_of(item["started"])), price)
+            yield COLUMNS.format(
+                item["run"], item["state"], item["backend"], age(seconds_of(item["started"])), price
+            )
 
 
 def record_line(client: Client, order: Order) -> str:
@@ -114,6 +116,7 @@ def pull(client: Client, order: Order) -> int:
     say_pulled(client, order, pulled)
     if not read_receipt(client.bucket, order.prefix) and not read_bill(client.bucket, order):
         client.report.say("the run goes on; this is its last complete save")
-    client.report.say(f"{len(pulled.fetched) + len(pulled.beside)} outputs fetched, {pulled.unchanged} were here already")
+    client.report.say(
+        f"{len(pulled.fetched) + len(pulled.beside)} outputs fetched, {pulled.unchanged} were here already"
+    )
     return 0
-

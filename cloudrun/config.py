@@ -119,6 +119,6 @@ def data_directory(environ: Mapping[str, str]) -> str:
 
 
 def project_name(name: str) -> str:
-    """A name that may stand in labels and object names: at most 41 of a-z 0-9 - _, first a letter or digit."""
+    """A name that may stand in labels and object names: at most 41 of a-z 0-9 - _, first no - or _."""
     slug = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")[:41].rstrip("-_")
     return slug or "project-" + hashlib.sha256(os.fsencode(name)).hexdigest()[:8]

@@ -96,7 +96,9 @@ class _Follower:
     def __init__(self, client: Client, order: Order, attempt: int, mine: bool) -> None:
         self.client, self.order, self.attempt, self.mine = client, order, attempt, mine
         self.name = f"{order.run}-{attempt}"
-        self.output = Output(client.bucket, f"{order.prefix}/attempts/{attempt}/log", client.report, self.tick)
+        self.output = Output(
+            client.bucket, f"{order.prefix}/attempts/{attempt}/log", client.report, self.tick
+        )
         self.begun = self.heard = time.monotonic()
         self.state: dict[str, Any] = {}
         self.asked: list[int] = []
@@ -114,7 +116,9 @@ class _Follower:
             self.heard = time.monotonic()
             return None  # output first: it is what the user waits for
         receipt = read_receipt(self.client.bucket, self.order.prefix)
-        if receipt and (not self.mine or self.output.printed >= receipt["chunks"] or receipt["attempt"] != self.attempt):
+        if receipt and (
+            not self.mine or self.output.printed >= receipt["chunks"] or receipt["attempt"] != self.attempt
+        ):
             return self._seen("finished", receipt)
         if time.monotonic() - self._stated > 4 * self.client.bucket.pace:
             self._stated = time.monotonic()
@@ -171,7 +175,9 @@ class _Follower:
         self._looked = now = time.monotonic()
         instance = self.client.backend.find(self.name)
         self.alive = self.alive or bool(instance and instance.alive)
-        known = self.alive or attempt_object(self.client.bucket, self.order, self.attempt, "agent") is not None
+        known = (
+            self.alive or attempt_object(self.client.bucket, self.order, self.attempt, "agent") is not None
+        )
         if instance and instance.alive:
             self.gone_at = None
         elif known or instance or now - self.begun > self.order.limits["boot"]:

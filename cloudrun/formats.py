@@ -15,16 +15,18 @@ so that bytes which are not UTF-8 survive as lone surrogates):
                         /client.json  {"client", "beat"}: alive as long as beat changes
                         /attempts/<n>/claim.json  {"client", "instance", "offer", "price", "time"}
                                      /agent.json  {"machine", "python", "time"}
-                                     /state.json  {"phase", "time", "beat", "files", "bytes", "of_files", "of_bytes"}
+                                     /state.json  {"phase", "time", "beat"}; while it fetches also
+                                                  {"files", "bytes", "of_files", "of_bytes"}
                                      /log/<8 digits>  frames, see `frame`
-                                     /end.json    {"reason", "time", "chunks"}: the attempt ended, the run may go on
+                                     /end.json    {"reason", "time"}: the attempt ended, the run may go on
                         /saved/<sha256>  output content, immutable
                         /outputs.json {"attempt", "sequence", "time", "files": [manifest lines without parts]}
                         /model/... /checkpoint/...  copies of the final outputs under their own names
-                        /receipt.json {"run", "attempt", "reason", "status", "signal", "by", "message", "save",
-                                       "started", "ended", "seconds", "chunks", "files", "uncopied"}
-                        /bill.json    {"reason", "started", "ended", "seconds", "cost", "price", "layer", "proof",
-                                       "attempts"}
+                        /receipt.json {"run", "attempt", "reason", "status", "signal", "by", "message",
+                                       "save", "started", "ended", "seconds", "chunks", "files",
+                                       "uncopied"}
+                        /bill.json    {"reason", "exit_code", "started", "ended", "seconds", "cost",
+                                       "price", "layer", "proof", "attempts"}
 
 The guard gets CLOUDRUN_BOOT in its environment, a JSON object: run, attempt, instance, backend, bucket,
 prefix (<project>/runs/<run>), agent and order ([object, sha256]), left (seconds until the deadline),
@@ -83,6 +85,11 @@ def seconds_of(text: str) -> float:
     except (ValueError, TypeError):
         raise Corrupt(f"{text!r} is not a time") from None
     return when.replace(tzinfo=timezone.utc).timestamp()
+
+
+def shown(path: str) -> str:
+    """A path for people: what would confuse a terminal is escaped."""
+    return repr(path)[1:-1]
 
 
 # One thing that goes up or comes back. A file has a sha256; a link has a target; a directory neither.

@@ -70,7 +70,9 @@ def watch(boot, agent, pipe, end_at):
     heard, finished, gone_at, words = now(), False, None, b""
     while True:
         limits = [end_at, gone_at + gone_after if gone_at else heard + silence]
-        ready, _, _ = select.select([] if gone_at else [pipe], [], [], max(0, min([1] + [t - now() for t in limits])))
+        ready, _, _ = select.select(
+            [] if gone_at else [pipe], [], [], max(0, min([1] + [t - now() for t in limits]))
+        )
         if ready:
             news = os.read(pipe, 65536)
             heard, words = now(), (words + news)[-4096:]
@@ -89,7 +91,7 @@ def watch(boot, agent, pipe, end_at):
         if gone_at and now() >= gone_at + gone_after:
             return "the agent went without a receipt"
         if not gone_at and now() >= heard + silence:
-            return "the agent was silent for %d s" % silence
+            return f"the agent was silent for {silence:.0f} s"
 
 
 def reap():
@@ -105,7 +107,7 @@ def descendants():
     parents = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open("/proc/%s/stat" % pid, "rb") as file:
+            with open(f"/proc/{pid}/stat", "rb") as file:
                 fields = file.read().rpartition(b")")[2].split()
         except OSError:
             continue
@@ -151,7 +153,7 @@ def main():
         signal.signal(signal.SIGTERM, lambda *_: os.kill(agent, signal.SIGTERM))  # a spot notice
         why = watch(boot, agent, pipe, end_at)
     except Exception as error:  # whatever it is, the machine has to end
-        why = "CLOUDRUN-FATAL %s" % error
+        why = f"CLOUDRUN-FATAL {error}"
     say(why)
     with open("ended", "w") as file:
         file.write(why)

@@ -10,8 +10,7 @@ import os
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-
-from cloudrun.formats import quote
+from json.encoder import encode_basestring_ascii as quote
 
 SETTLED_NS = 2_000_000_000  # a file that changed this recently may change again without a new mtime
 

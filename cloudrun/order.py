@@ -1,4 +1,4 @@
-"""A run's identity and its order: what to run, within which limits. Written once, before any machine exists."""
+"""A run's identity and its order: what to run, within which limits. Written before any machine exists."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from typing import Any
 
 from cloudrun.formats import canonical, parse, seconds_of, timestamp
 
-FIELDS = {"run": str, "project": str, "deadline": str, "limits": dict, "manifest": dict, "argv": list}
+FIELDS = {
+    "run": str,
+    "project": str,
+    "deadline": str,
+    "limits": dict,
+    "manifest": dict,
+    "argv": list,
+}
 
 
 def new_run_id(project: str, when: float) -> str:
@@ -72,7 +79,9 @@ def read_order(data: bytes, name: str) -> Order:
         raise Corrupt(f"{name} is damaged, or of another version of cloudrun") from None
 
 
-def deadline(hours: float | None, cost: float | None, price: float | None, created: float) -> tuple[str, float, str]:
+def deadline(
+    hours: float | None, cost: float | None, price: float | None, created: float
+) -> tuple[str, float, str]:
     """(deadline, seconds, what set it): the earlier of the two limits."""
     seconds, limited_by = (hours * 3600 if hours else float("inf")), "deadline"
     if cost is not None and price:

@@ -1,4 +1,4 @@
-"""main.py's output on its last stretch: from the bucket to this process's stdout and stderr, byte for byte."""
+"""main.py's output on its last stretch: from the bucket to our stdout and stderr, byte for byte."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Output:
             self._closed.add(fd)
             if error.errno == errno.EPIPE and fd == 1:
                 raise OutputClosed("nobody reads the output any more") from None
-        self.at_line_start = data[-1:] == b"\n"
+        self.at_line_start = data[-1] == 10
 
     def _write_all(self, fd: int, data: memoryview) -> None:
         plain = stat.S_ISREG(os.fstat(fd).st_mode)

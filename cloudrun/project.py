@@ -1,17 +1,16 @@
-"""The project: which of its files go up. data/, model/ and checkpoint/ whole; code as the ignore files say."""
+"""Which files of the project go up: data/, model/ and checkpoint/ whole, code as the ignore files say."""
 
 from __future__ import annotations
 
 import os
 import re
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cloudrun.errors import CloudrunError, UsageError
-from cloudrun.formats import check_link
+from cloudrun.formats import check_link, shown
 
 DATA = ("data", "model", "checkpoint")
 RETURNED = ("model", "checkpoint")
@@ -26,7 +25,9 @@ LEFT_OUT = {
     "secrets": (".env", ".env.*", "*.pem", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*"),
 }
 PULLED_BESIDE = re.compile(r".*\.[a-z0-9_-]+-\d{8}-\d{6}-[0-9a-f]{4}\Z", re.DOTALL)
-CREDENTIALS = re.compile(rb'"type"\s*:\s*"(service_account|authorized_user|external_account)"|"client_secret"')
+CREDENTIALS = re.compile(
+    rb'"type"\s*:\s*"(service_account|authorized_user|external_account)"|"client_secret"'
+)
 
 
 class Found(NamedTuple):
@@ -52,7 +53,9 @@ def check_project(directory: str, script: str) -> str:
     """The script's path inside the project, which is `directory`. Raises UsageError."""
     home = os.path.realpath(os.path.expanduser("~"))
     if os.path.realpath(directory) in ("/", home):
-        raise UsageError(f"{directory} is no project: cloudrun never sends a whole home or disk; cd to a project")
+        raise UsageError(
+            f"{directory} is no project: cloudrun never sends a whole home or disk; cd to a project"
+        )
     if not os.path.isfile(os.path.join(directory, "main.py")):
         raise UsageError(f"there is no main.py in {directory}: cd to the project's directory")
     path = os.path.relpath(os.path.join(directory, script), directory)
@@ -64,7 +67,7 @@ def check_project(directory: str, script: str) -> str:
 
 
 def scan(root: str) -> Scan:
-    """Walk the project. Paths are relative to root and use slashes. Raises CloudrunError for unreadable ones."""
+    """Walk the project; paths are relative to root. Raises CloudrunError for what cannot be read."""
     result = Scan()
     for entry in _sorted(root):
         if entry.name in DATA and entry.is_dir():
@@ -92,7 +95,7 @@ class _Code:
 
     def __init__(self, folder: str, path: str = "", outer: _Code | None = None) -> None:
         self.follow = False
-        self._specs = list(outer._specs) if outer else []
+        self._specs: list[tuple[str, str, Any]] = list(outer._specs) if outer else []
         for name in IGNORE_FILES:
             try:
                 with open(os.path.join(folder, name), encoding="utf-8", errors="surrogateescape") as file:
@@ -101,7 +104,9 @@ class _Code:
                 continue
             except OSError as error:
                 raise CloudrunError(f"cannot read {path}{name}: {error.strerror}") from None
-            from pathspec import GitIgnoreSpec  # a project without such a file does not pay for this
+            from pathspec import (
+                GitIgnoreSpec,
+            )  # a project without such a file does not pay for this
 
             self._specs.append((path, name, GitIgnoreSpec.from_lines(lines)))
 
@@ -143,7 +148,8 @@ def _sorted(folder: str) -> list[os.DirEntry[str]]:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise CloudrunError(
-            f"cannot read the directory {folder!r}: {error.strerror}; make it readable or leave it out in .cloudrunignore"
+            f"cannot read the directory {shown(folder)}: {error.strerror}; "
+            "make it readable, or leave it out in .cloudrunignore"
         ) from None
 
 
@@ -158,7 +164,11 @@ def _walk(
 
 
 def _visit(
-    entry: os.DirEntry[str], path: str, result: Scan, rules: _Data | _Code, above: tuple[os.stat_result, ...]
+    entry: os.DirEntry[str],
+    path: str,
+    result: Scan,
+    rules: _Data | _Code,
+    above: tuple[os.stat_result, ...],
 ) -> None:
     why = rules.excludes(entry, path)
     if why:
@@ -204,7 +214,7 @@ def summary(left_out: dict[str, list[str]]) -> str:
     """`left out: 2 secrets (.env, key.pem), .git`, or nothing."""
     parts = []
     for why, paths in left_out.items():
-        names = ", ".join(ascii(path)[1:-1] for path in paths[:3]) + (", …" if len(paths) > 3 else "")
+        names = ", ".join(shown(path) for path in paths[:3]) + (", …" if len(paths) > 3 else "")
         parts.append(f"{names} ({why})" if len(paths) == 1 else f"{len(paths)} {why} ({names})")
     return "; ".join(parts)
 
@@ -219,7 +229,3 @@ def returned(outputs: tuple[str, ...]) -> list[str]:
         if not any(path == folder or path.startswith(folder + "/") for folder in folders):
             folders.append(path)
     return folders
-
-
-def files(found: list[Found]) -> Iterator[Found]:
-    return (item for item in found if not item.link and stat.S_ISREG(item.status.st_mode))

@@ -21,7 +21,7 @@ TEMPORARY = ".cloudrun-pull"
 
 @dataclass
 class Pulled:
-    """Paths, relative to the project. `beside`: stored under another name, because the local file is not ours."""
+    """Paths in the project. `beside`: stored under another name, because the local file is not ours."""
 
     fetched: list[str] = field(default_factory=list)
     beside: list[str] = field(default_factory=list)
@@ -54,7 +54,9 @@ def pull(bucket: Bucket, order: Order, root: str, report: Report) -> Pulled:
     return wanted
 
 
-def _pull_one(bucket: Bucket, order: Order, root: str, entry: Entry, sent: str | None, wanted: Pulled) -> None:
+def _pull_one(
+    bucket: Bucket, order: Order, root: str, entry: Entry, sent: str | None, wanted: Pulled
+) -> None:
     parent, name = _local_parent(root, entry)
     path = os.path.join(parent, name)
     if not entry.sha256:

@@ -70,7 +70,11 @@ def outcome_of(receipt: dict[str, Any]) -> Outcome:
 def billed_outcome(bill: dict[str, Any]) -> Outcome:
     """How a run ended that left no receipt, as its bill remembers."""
     code = bill.get("exit_code")
-    return Outcome(str(bill.get("reason")), code if isinstance(code, int) else UNKNOWN, f"ended, {bill.get('reason')}")
+    return Outcome(
+        str(bill.get("reason")),
+        code if isinstance(code, int) else UNKNOWN,
+        f"ended, {bill.get('reason')}",
+    )
 
 
 def user_code(by: str) -> int:

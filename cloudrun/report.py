@@ -1,4 +1,4 @@
-"""Everything that the user is told, on stderr: plain lines, or on a terminal also one line that is redrawn."""
+"""Everything that the user is told, on stderr: plain lines; on a terminal also one that is redrawn."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ def human_seconds(seconds: float) -> str:
 
 
 def human_money(cost: float | None) -> str:
-    return "cost unknown" if cost is None else f"{cost:.2f} USD" if cost >= 0.01 or cost == 0 else f"{cost:.4f} USD"
+    return (
+        "cost unknown"
+        if cost is None
+        else f"{cost:.2f} USD"
+        if cost >= 0.01 or cost == 0
+        else f"{cost:.4f} USD"
+    )
 
 
 class Report:

@@ -184,7 +184,6 @@ def check_time(order: Order, offer: Offer) -> None:
     """Raises CloudrunError instead of renting a machine that has no time for anything."""
     if order.left() < least_seconds(order, offer):
         raise CloudrunError(
-            f"the limits leave {max(order.left(), 0):.0f} s, and {least_seconds(order, offer):.0f} s are needed to "
-            "start a machine and to save; allow more with --max-hours or --max-cost"
+            f"the limits leave {max(order.left(), 0):.0f} s, and {least_seconds(order, offer):.0f} s are "
+            "needed to start a machine and to save; allow more with --max-hours or --max-cost"
         )
-

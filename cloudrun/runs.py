@@ -16,7 +16,7 @@ SCHEMA = 1
 def open_runs(bucket: Bucket) -> list[tuple[str, str]]:
     """(project, run) of every run whose bill is not closed. A damaged entry is skipped: gc must go on."""
     found = []
-    for name in bucket.list("open/"):
+    for name in bucket.names("open/"):
         try:
             value = parse(bucket.get(name)[0], name, run=str, project=str)
         except (Missing, Corrupt):
@@ -62,7 +62,9 @@ def _latest(bucket: Bucket, project: str, origin: list[str]) -> Order:
             continue
         if order.origin == origin:
             return order
-    raise UsageError("no run was started from this directory; `cloudrun ps` shows the open ones, give a run id")
+    raise UsageError(
+        "no run was started from this directory; `cloudrun ps` shows the open ones, give a run id"
+    )
 
 
 def last_attempt(bucket: Bucket, order: Order) -> int:

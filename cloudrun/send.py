@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from cloudrun.errors import CloudrunError
-from cloudrun.formats import Entry, entry_line
+from cloudrun.formats import Entry, entry_line, shown
 from cloudrun.index import Index, settled, stat_key
 from cloudrun.project import Found
 from cloudrun.storage import Bucket
@@ -27,13 +27,11 @@ Progress = Callable[[int, int], None]  # files and bytes done since the last cal
 
 @dataclass
 class Sent:
-    """The manifest, a line per entry, and what it cost to bring it about."""
+    """The manifest, a line per entry; `files` and `size` (bytes) are those of regular files."""
 
     lines: list[str]
     files: int
-    bytes: int
-    new_files: int
-    new_bytes: int
+    size: int
 
     def manifest(self) -> Iterator[bytes]:
         for start in range(0, len(self.lines), 4096):
@@ -47,9 +45,9 @@ class Plan:
     found: list[Found]
     lines: list[str | None]
     files: int = 0
-    bytes: int = 0
+    size: int = 0
     new_files: int = 0
-    new_bytes: int = 0
+    new_size: int = 0
 
 
 def plan(found: list[Found], index: Index, bucket: Bucket, project: str) -> Plan:
@@ -63,15 +61,15 @@ def plan(found: list[Found], index: Index, bucket: Bucket, project: str) -> Plan
     for item, line in zip(found, lines, strict=True):
         if _is_file(item):
             result.files += 1
-            result.bytes += item.status.st_size
+            result.size += item.status.st_size
             if line is None:
                 result.new_files += 1
-                result.new_bytes += item.status.st_size
+                result.new_size += item.status.st_size
     return result
 
 
 def send(plan: Plan, index: Index, bucket: Bucket, project: str, progress: Progress) -> Sent:
-    """Store every blob that is missing. Raises CloudrunError naming a file that cannot be read, or keeps changing."""
+    """Store every blob that is missing. Raises CloudrunError for a file that is unreadable, or keeps changing."""
     sender = _Sender(bucket, f"{project}/blobs/", progress)
     results = list(plan.lines)
     statuses: dict[int, os.stat_result] = {}
@@ -90,9 +88,12 @@ def send(plan: Plan, index: Index, bucket: Bucket, project: str, progress: Progr
         results[number], statuses[number] = line, status
     lines = [line for line in results if line is not None]
     if plan.new_files:
-        pairs = ((statuses.get(i, item.status), line) for i, (item, line) in enumerate(zip(plan.found, lines, strict=True)))
+        pairs = (
+            (statuses.get(i, item.status), line)
+            for i, (item, line) in enumerate(zip(plan.found, lines, strict=True))
+        )
         index.write((status, line) for status, line in pairs if '"sha256"' in line and settled(status))
-    return Sent(lines, plan.files, plan.bytes, plan.new_files, plan.new_bytes)
+    return Sent(lines, plan.files, plan.size)
 
 
 def _is_file(item: Found) -> bool:
@@ -116,7 +117,9 @@ class _Sender:
         self._members: list[tuple[int, str, str, os.stat_result]] = []
         self._pieces: list[bytes] = []
         self._size = 0
-        self._queue: queue.Queue[tuple[list[tuple[int, str, str, os.stat_result]], list[bytes]] | None] = queue.Queue(1)
+        self._queue: queue.Queue[tuple[list[tuple[int, str, str, os.stat_result]], list[bytes]] | None] = (
+            queue.Queue(1)
+        )
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
 
@@ -141,7 +144,9 @@ class _Sender:
                     whole = reader.whole.hexdigest() if reader.whole else parts[0][0]
                     statuses[number] = status
                     self._progress(1, 0)
-                    return entry_line(Entry(path, status.st_mode & 0o777, status.st_size, whole, tuple(parts)))
+                    return entry_line(
+                        Entry(path, status.st_mode & 0o777, status.st_size, whole, tuple(parts))
+                    )
             self._progress(0, -reader.done)
         raise _unstable(path)
 
@@ -228,7 +233,7 @@ class _opened:
             self._file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise CloudrunError(
-                f"cannot read {ascii(self._path)[1:-1]}: {error.strerror}; make it readable or leave it out"
+                f"cannot read {shown(self._path)}: {error.strerror}; make it readable or leave it out"
             ) from None
         return self._file
 
@@ -251,7 +256,7 @@ def _read(file: int, path: str, wanted: int) -> bytes:
     try:
         return os.read(file, wanted)
     except OSError as error:
-        raise CloudrunError(f"cannot read {ascii(path)[1:-1]}: {error.strerror}") from None
+        raise CloudrunError(f"cannot read {shown(path)}: {error.strerror}") from None
 
 
 def _changed(file: int, path: str, before: os.stat_result) -> bool:
@@ -260,5 +265,5 @@ def _changed(file: int, path: str, before: os.stat_result) -> bool:
 
 def _unstable(path: str) -> CloudrunError:
     return CloudrunError(
-        f"{ascii(path)[1:-1]} changed while it was being sent, {TRIES} times; run again when nobody writes to it"
+        f"{shown(path)} changed while it was being sent, {TRIES} times; run again when nobody writes to it"
     )

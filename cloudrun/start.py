@@ -51,13 +51,23 @@ def prepare(settings: Settings, bucket: Bucket) -> Prepared:
 
 def describe(prepared: Prepared) -> str:
     """The one line about what goes up and what stays here."""
-    work, left_out = prepared.plan, summary(prepared.scanned.left_out)
-    line = f"sending {work.new_files} of {work.files} files, {human_bytes(work.new_bytes)} of {human_bytes(work.bytes)}"
-    return f"{line}; left out: {left_out}" if left_out else line
+    left_out = summary(prepared.scanned.left_out)
+    return f"sending {amount(prepared.plan)}" + (f"; left out: {left_out}" if left_out else "")
 
 
-def store(prepared: Prepared, settings: Settings, wanted: Wanted, price: float | None, client: tuple[Bucket, Report]) -> Order:
-    """Send what is missing and write the order: from here on the run exists. Undone if that fails half-way."""
+def amount(work: Plan) -> str:
+    size = f"{human_bytes(work.new_size)} of {human_bytes(work.size)}"
+    return f"{work.new_files} of {work.files} files, {size}"
+
+
+def store(
+    prepared: Prepared,
+    settings: Settings,
+    wanted: Wanted,
+    price: float | None,
+    client: tuple[Bucket, Report],
+) -> Order:
+    """Send what is missing and write the order: from here on the run exists. Undone if it fails half-way."""
     bucket, report = client
     run = new_run_id(settings.project, time.time())
     prefix = run_prefix(settings.project, run)
@@ -69,7 +79,15 @@ def store(prepared: Prepared, settings: Settings, wanted: Wanted, price: float |
         bucket.create(prefix + "/manifest.jsonl", _hashed(sent, digest))
         if wanted.env:
             bucket.create(prefix + "/env.json", canonical(wanted.env))
-        order = make_order(run, settings, wanted, price, sent, digest.hexdigest(), agent_of(bucket, settings.project))
+        order = make_order(
+            run,
+            settings,
+            wanted,
+            price,
+            sent,
+            digest.hexdigest(),
+            agent_of(bucket, settings.project),
+        )
         report.stage("order")
         bucket.create(prefix + "/order.json", order.content())
     except BaseException:
@@ -79,7 +97,13 @@ def store(prepared: Prepared, settings: Settings, wanted: Wanted, price: float |
 
 
 def make_order(
-    run: str, settings: Settings, wanted: Wanted, price: float | None, sent: Sent | Plan, manifest: str, agent: str
+    run: str,
+    settings: Settings,
+    wanted: Wanted,
+    price: float | None,
+    sent: Sent | Plan,
+    manifest: str,
+    agent: str,
 ) -> Order:
     created = time.time()
     until, seconds, limited_by = deadline(settings.max_hours, settings.max_cost, price, created)
@@ -98,7 +122,7 @@ def make_order(
         folders=sorted({*DATA, *outputs}),
         env=sorted(wanted.env),
         if_client_lost=wanted.if_client_lost,
-        manifest={"sha256": manifest, "files": sent.files, "bytes": sent.bytes},
+        manifest={"sha256": manifest, "files": sent.files, "bytes": sent.size},
         agent=[f"{settings.project}/blobs/{agent}", agent],
         limits=settings.limits,
     )
@@ -134,7 +158,7 @@ def _send(prepared: Prepared, settings: Settings, bucket: Bucket, report: Report
     def progress(files: int, size: int) -> None:
         done[0] += files
         done[1] += size
-        report.progress("sending", done[0], prepared.plan.new_files, done[1], prepared.plan.new_bytes)
+        report.progress("sending", done[0], prepared.plan.new_files, done[1], prepared.plan.new_size)
 
     return send(prepared.plan, prepared.index, bucket, settings.project, progress)
 

@@ -89,4 +89,6 @@ def _client_may_live(bucket: Bucket, order: Order, attempt: int) -> bool:
 def _age(run: str) -> float:
     """Seconds since the run was named."""
     _, day, clock, _ = run.rsplit("-", 3)
-    return time.time() - seconds_of(f"{day[:4]}-{day[4:6]}-{day[6:]}T{clock[:2]}:{clock[2:4]}:{clock[4:]}.000Z")
+    return time.time() - seconds_of(
+        f"{day[:4]}-{day[4:6]}-{day[6:]}T{clock[:2]}:{clock[2:4]}:{clock[4:]}.000Z"
+    )

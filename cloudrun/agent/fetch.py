@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import queue
 import threading
 from itertools import chain
 
@@ -17,7 +16,7 @@ from cloudrun.formats import read_entry
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Callable, Iterable, Iterator
+    from typing import Any, Iterable, Iterator
 
     from cloudrun.formats import Entry
     from cloudrun.storage import Bucket
@@ -27,41 +26,41 @@ GROUP = 16 << 20  # files that lie together in one blob are read together, up to
 SPARE = 64 << 20  # bytes of free disk that must remain
 
 
-class Fetch(threading.Thread):
-    """Fetches on its own threads. `error` tells how it went; `files` and `bytes` how far it is."""
+class Fetch:
+    """One fetch of everything. `stop` ends it early; `progress` can be asked meanwhile."""
 
     def __init__(self, bucket: Bucket, prefix: str, order: dict[str, Any]) -> None:
-        super().__init__(daemon=True)
         self.bucket, self.prefix, self.order = bucket, prefix, order
-        self.error: CloudrunError | None = None
-        self.files = self.bytes = 0
         self.stop = threading.Event()
         self._blobs = prefix.split("/")[0] + "/blobs/"
         self._links: list[Entry] = []
         self._lock = threading.Lock()
+        self._files = self._bytes = 0
 
-    def run(self) -> None:
-        try:
-            wanted = self.order["manifest"]
-            check_space(wanted["bytes"], wanted["files"])
-            manifest = self._manifest(wanted["sha256"])
-            self._each(groups(manifest), self._fetch_group)
-            for entry in self._links:
-                os.symlink(entry.link, entry.path)
-        except CloudrunError as error:
-            self.error = error
-        except OSError as error:
-            self.error = CloudrunError(f"cannot write the inputs on the machine: {error}")
+    def progress(self) -> dict[str, int]:
+        wanted = self.order["manifest"]
+        done = {"files": self._files, "bytes": self._bytes}
+        return dict(done, of_files=wanted["files"], of_bytes=wanted["bytes"])
 
-    def restore(self, entries: Iterable[Entry]) -> None:
+    def inputs(self) -> None:
+        """Raises CloudrunError or OSError."""
+        wanted = self.order["manifest"]
+        check_space(wanted["bytes"], wanted["files"])
+        self._each(groups(self._manifest(wanted["sha256"])))
+        for entry in self._links:  # last: no file can be written through a link
+            os.symlink(entry.link, entry.path)
+        for folder in self.order["folders"]:
+            os.makedirs(folder, exist_ok=True)
+
+    def outputs(self, entries: Iterable[Entry]) -> None:
         """Put saved outputs in place, over inputs of the same name."""
         for entry in entries:
             make_parent(entry.path)
-            if not entry.sha256:
+            if entry.sha256:
+                source = self.bucket.chunks(f"{self.prefix}/saved/{entry.sha256}")
+                write_file(entry, source, f"the saved {entry.path}")
+            else:
                 os.makedirs(entry.path, exist_ok=True)
-                continue
-            source = self.bucket.chunks(f"{self.prefix}/saved/{entry.sha256}")
-            write_file(entry, source, f"the saved {entry.path}")
 
     def _manifest(self, sha256: str) -> Iterator[Entry]:
         name = self.prefix + "/manifest.jsonl"
@@ -76,30 +75,26 @@ class Fetch(threading.Thread):
             for line in text:
                 yield read_entry(json.loads(line), name, with_parts=True)
 
-    def _each(self, jobs: Iterable[Any], work: Callable[[Any], None]) -> None:
-        """Do the jobs on a few threads. Raises the first error."""
-        waiting: queue.Queue[Any] = queue.Queue(2 * WORKERS)
+    def _each(self, groups: Iterator[list[Entry]]) -> None:
+        """Fetch the groups on a few threads. Raises the first error."""
         errors: list[Exception] = []
 
-        def worker() -> None:
-            for job in iter(waiting.get, None):
+        def work() -> None:
+            while not errors and not self.stop.is_set():
                 try:
-                    if not errors and not self.stop.is_set():
-                        work(job)
+                    with self._lock:
+                        group = next(groups, None)
+                    if group is None:
+                        return
+                    self._fetch_group(group)
                 except (CloudrunError, OSError) as error:
                     errors.append(error)
 
-        threads = [threading.Thread(target=worker, daemon=True) for _ in range(WORKERS)]
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(WORKERS)]
         for thread in threads:
             thread.start()
-        try:
-            for job in jobs:
-                waiting.put(job)
-        finally:
-            for _ in threads:
-                waiting.put(None)
-            for thread in threads:
-                thread.join()
+        for thread in threads:
+            thread.join()
         if errors:
             raise errors[0]
 
@@ -108,7 +103,9 @@ class Fetch(threading.Thread):
             self._fetch_one(entries[0])
             return
         first, last = entries[0].parts[0], entries[-1].parts[0]
-        together = b"".join(self.bucket.chunks(self._blobs + first[0], first[1], last[1] + last[2] - first[1]))
+        together = b"".join(
+            self.bucket.chunks(self._blobs + first[0], first[1], last[1] + last[2] - first[1])
+        )
         for entry in entries:
             start = entry.parts[0][1] - first[1]
             make_parent(entry.path)
@@ -136,8 +133,8 @@ class Fetch(threading.Thread):
         blobs = " ".join(sorted({self._blobs + part[0] for part in entry.parts}))
         write_file(entry, pieces, blobs, cloned=cloned)
         with self._lock:
-            self.files += 1
-            self.bytes += entry.size
+            self._files += 1
+            self._bytes += entry.size
 
 
 def groups(manifest: Iterable[Entry]) -> Iterator[list[Entry]]:

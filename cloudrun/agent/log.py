@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from functools import partial
 from tempfile import TemporaryFile
 
-from cloudrun.errors import BucketError
+from cloudrun.agent.watch import insist
 from cloudrun.formats import frame
 
 TYPE_CHECKING = False
@@ -34,7 +34,7 @@ class Log:
         self._head: deque[bytes] = deque()
         self._tail: deque[bytes] = deque()
         self._head_bytes = self._tail_bytes = self._dropped = 0
-        self._spool, self._spool_written, self._spool_read = TemporaryFile(dir="."), 0, 0
+        self._spool, self._spool_written, self._spool_read = TemporaryFile(dir=".")  # noqa: SIM115, it lives as long as this object, 0, 0
         self._closing = False
         self._thread = threading.Thread(target=self._send, daemon=True)
         self._thread.start()
@@ -49,13 +49,12 @@ class Log:
                 self._keep_newest(piece)
             self._lock.notify()
 
-    def close(self, limit: float) -> bool:
-        """Send what is left; False if that was not possible within `limit` seconds."""
+    def close(self, seconds: float) -> None:
+        """Send what is left, as far as that is possible within so many seconds."""
         with self._lock:
             self._closing = True
             self._lock.notify()
-        self._thread.join(limit)
-        return not self._thread.is_alive()
+        self._thread.join(seconds)
 
     def _spooled(self, piece: bytes) -> bool:
         if self._spool_written + len(piece) > self._spool_limit:
@@ -84,9 +83,12 @@ class Log:
                 chunk = self._next()
                 if not chunk:
                     return
-            self._create(chunk)
-            if len(chunk) < CHUNK // 2 and not self._closing:
-                time.sleep(INTERVAL)
+            name = f"{self._prefix}/{self.sent + 1:08d}"
+            insist(partial(self._bucket.create, name, chunk), float("inf"), lambda: None)
+            self.sent += 1
+            with self._lock:
+                if len(chunk) < CHUNK // 2:
+                    self._lock.wait_for(lambda: self._closing, INTERVAL)
 
     def _waiting(self) -> bool:
         return bool(self._head or self._tail or self._spool_read < self._spool_written)
@@ -116,13 +118,3 @@ class Log:
             self._tail.clear()
             self._tail_bytes = 0
         return b"".join(pieces)
-
-    def _create(self, chunk: bytes) -> None:
-        name, pause = f"{self._prefix}/{self.sent + 1:08d}", 0.1
-        while True:
-            with suppress(BucketError):
-                self._bucket.create(name, chunk)
-                self.sent += 1
-                return
-            time.sleep(pause)
-            pause = min(2 * pause, 5.0)

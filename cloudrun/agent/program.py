@@ -18,6 +18,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Callable
 
+    from cloudrun.agent.watch import Watch
+
 PIPE_BYTES = 1 << 20
 
 
@@ -34,7 +36,12 @@ class Program:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         pipe = subprocess.PIPE
         self._child = subprocess.Popen(
-            argv, env=env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True
+            argv,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            start_new_session=True,
         )
         with suppress(OSError), open(f"/proc/{self._child.pid}/oom_score_adj", "w") as file:
             file.write("0")  # the guard's and our own protection is not meant for main.py
@@ -109,29 +116,25 @@ class Program:
 
 
 class Ending:
-    """Asks main.py to end, more firmly as time passes: (seconds, signal), seconds from the first."""
+    """Asks main.py to end, more firmly as time passes. `drain`: seconds for what it leaves behind."""
 
-    def __init__(self, reason: str, limits: dict[str, float], room: float) -> None:
+    def __init__(self, reason: str, watch: Watch) -> None:
+        limits, room = watch.limits, watch.reserve()
         interrupt, terminate = limits["grace_interrupt"], limits["grace_terminate"]
+        # In a short run the reserve is short as well, and half of it belongs to the save.
+        scale = min(1.0, room / (4 * interrupt))
+        self._steps = [(0.0, signal.SIGINT), (interrupt * scale, signal.SIGTERM)]
+        self._steps.append(((interrupt + terminate) * scale, signal.SIGKILL))
         if reason == "preempted":
-            self.steps = [(0.0, signal.SIGTERM), (limits["grace_preempted"], signal.SIGKILL)]
-        else:  # in a short run the reserve is short as well, and half of it belongs to the save
-            scale = min(1.0, room / (4 * interrupt))
-            self.steps = [
-                (0.0, signal.SIGINT),
-                (interrupt * scale, signal.SIGTERM),
-                ((interrupt + terminate) * scale, signal.SIGKILL),
-            ]
+            self._steps = [(0.0, signal.SIGTERM), (limits["grace_preempted"], signal.SIGKILL)]
         self.drain = min(limits["drain"], room / 8)
-        self._started = now()
+        self._watch, self._started = watch, now()
 
-    def at_once(self) -> None:
-        self.steps = [(0.0, signal.SIGKILL)]
-
-    def due(self) -> signal.Signals | None:
-        if self.steps and now() - self._started >= self.steps[0][0]:
-            return self.steps.pop(0)[1]
-        return None
+    def press(self, program: Program) -> None:
+        if self._watch.level > 1:
+            self._steps, self.drain = [(0.0, signal.SIGKILL)], 0.0
+        if self._steps and now() - self._started >= self._steps[0][0]:
+            program.signal(self._steps.pop(0)[1])
 
 
 def python() -> str:
@@ -146,5 +149,3 @@ def exit_of(status: int | None) -> tuple[int | None, str | None]:
     with suppress(ValueError):
         return None, signal.Signals(-status).name
     return None, f"SIG{-status}"
-
-

@@ -36,7 +36,7 @@ class Saver:
 
     def __init__(self, bucket: Bucket, watch: Watch, attempt: int, roots: list[str]) -> None:
         self.bucket, self.watch, self.attempt, self.roots = bucket, watch, attempt, roots
-        self.skipped: list[str] = []
+        self.uncopied = 0
         self._name = watch.prefix + "/outputs.json"
         self._version: str | None = None
         self._sequence = 0
@@ -63,7 +63,7 @@ class Saver:
             self._stored[path] = (_key(status), self._outputs.get(path))
 
     def look(self) -> None:
-        """Note which files are closed, and how; a file that changed since may be torn if main.py is killed."""
+        """Note which files are closed, and how; one that changed since may be torn if main.py is killed."""
         found = {path: status for path, status in self._walk() if stat.S_ISREG(status.st_mode)}
         busy = open_for_writing(descendants())
         self._closed = {
@@ -116,19 +116,21 @@ class Saver:
                 self._commit(outputs)
             self.watch.longest_save = max(self.watch.longest_save, now() - started)
 
-    def copy_under_own_names(self) -> int:
-        """Copies for people inside the bucket; the number of those that its rules on names forbid."""
-        failed = 0
+    def finish(self, exact: bool, killed: bool) -> None:
+        """The last save, then copies for people under their own names. Raises BucketError for the save.
+
+        `uncopied` counts the copies that the bucket's rules on names, or the time, forbid.
+        """
+        self.save(last=True, exact=exact, killed=killed)
         for entry in self._outputs.values():
             if entry.sha256:
-                target = f"{self.watch.prefix}/{entry.path}"
                 try:
                     if self.watch.left() < self.watch.reserve() / 4:
                         raise BucketError("no time is left")
-                    self.bucket.copy(f"{self.watch.prefix}/saved/{entry.sha256}", target)
+                    source = f"{self.watch.prefix}/saved/{entry.sha256}"
+                    self.bucket.copy(source, f"{self.watch.prefix}/{entry.path}")
                 except BucketError:
-                    failed += 1
-        return failed
+                    self.uncopied += 1
 
     @property
     def count(self) -> int:

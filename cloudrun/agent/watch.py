@@ -1,4 +1,4 @@
-"""What may end main.py before it ends itself, and the signs of life to the guard and to the client."""
+"""What may end main.py before it ends itself, and the signs of life to the guard and the client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cloudrun.formats import canonical, parse, timestamp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Callable
 
     from cloudrun.storage import Bucket
 
@@ -21,6 +21,21 @@ if TYPE_CHECKING:
 def now() -> float:
     """Seconds since boot, time asleep included: a changed clock moves no limit."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def insist(act: Callable[[], object], seconds: float, beat: Callable[[], object]) -> None:
+    """Do what the bucket refuses again and again, for so long. Raises its last BucketError."""
+    deadline, pause = now() + seconds, 0.1
+    while True:
+        try:
+            act()
+            return
+        except BucketError:
+            if now() > deadline:
+                raise
+        beat()
+        time.sleep(pause)
+        pause = min(2 * pause, 5.0)
 
 
 class Ended(Exception):
@@ -31,6 +46,24 @@ class Ended(Exception):
         self.reason = reason
 
 
+class Task(threading.Thread):
+    """Work on a thread of its own, so that the main thread stays free to watch; starts at once."""
+
+    def __init__(self, work: Callable[..., object], *arguments: object) -> None:
+        super().__init__(daemon=True)
+        self.done = False
+        self.error: Exception | None = None
+        self._work, self._arguments = work, arguments
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._work(*self._arguments)
+            self.done = True
+        except Exception as error:
+            self.error = error
+
+
 class Watch:
     """Answers `reason` from the main thread at any time; a thread of its own talks to the bucket."""
 
@@ -38,7 +71,7 @@ class Watch:
         self.order, self.bucket = order, bucket
         self.limits: dict[str, float] = order["limits"]
         self.prefix, self.attempt = boot["prefix"], f"{boot['prefix']}/attempts/{boot['attempt']}"
-        self.end_at = now() + boot["left"]
+        self.end_at: float = now() + boot["left"]
         self.longest_save = 0.0
         self.level, self.by = 0, ""
         self.state: dict[str, Any] = {"phase": "boot"}
@@ -52,7 +85,7 @@ class Watch:
         for name in (signal.SIGINT, signal.SIGHUP):
             signal.signal(name, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: self._signalled.set())
-        threading.Thread(target=self._correspond, daemon=True).start()
+        Task(self._correspond)
 
     def left(self) -> float:
         return self.end_at - now()
@@ -61,7 +94,7 @@ class Watch:
         """Seconds kept back at the end of the run for its grace and its last save."""
         saving = max(self.limits["reserve_save"], 2 * self.longest_save)
         wanted = min(self.limits["reserve_grace"] + saving, self.limits["reserve_max"])
-        return min(wanted, 0.2 * self.order["seconds"])
+        return min(wanted, 0.2 * float(self.order["seconds"]))
 
     def reason(self) -> str | None:
         """Why main.py has to end now, or None."""
@@ -79,7 +112,7 @@ class Watch:
         return None
 
     def beat(self) -> None:
-        """Called by the main loop only: the guard hears that this thread, which does the work, goes on."""
+        """From the main loop only: the guard hears that the thread that does the work goes on."""
         if now() - self._beaten > self.limits["agent_beat"]:
             self._beaten = now()
             self.tell_guard(b".")
@@ -92,17 +125,24 @@ class Watch:
         self.state = {"phase": name}
         self._changed.set()
 
-    def during(self, thread: threading.Thread, limit: str, *, until: tuple[str, ...] = ()) -> None:
-        """Wait for a thread. Raises Ended if the run must end meanwhile, except for a reason in `until`."""
-        started = now()
-        while thread.is_alive():
-            thread.join(0.01 if now() - started < 1 else 0.2)
+    def join(
+        self,
+        task: Task,
+        seconds: float,
+        *,
+        heed: bool = False,
+        tick: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Wait for a task, for so long. `heed`: raise Ended when the run must end meanwhile."""
+        started, pause = now(), 0.002
+        while task.is_alive() and now() - started < seconds:
+            task.join(pause)
+            pause = min(2 * pause, 0.2)
             self.beat()
-            reason = self.reason()
-            if reason and reason not in until:
+            tick()
+            reason = self.reason() if heed else None
+            if reason:
                 raise Ended(reason)
-            if now() - started > self.limits[limit]:
-                raise Ended(f"{limit} took longer than {self.limits[limit]:.0f} s")
 
     def _correspond(self) -> None:
         beat, said_at, said = 0, 0.0, None
@@ -110,7 +150,7 @@ class Watch:
             with suppress(BucketError):
                 self._read_control()
                 self._read_client()
-                state = dict(self.state)
+                state = self.state
                 if state != said or now() - said_at > self.limits["state"]:
                     beat, said, said_at = beat + 1, state, now()
                     full = dict(state, beat=beat, time=timestamp(time.time()))
@@ -120,17 +160,14 @@ class Watch:
 
     def _read_control(self) -> None:
         name = self.prefix + "/control.json"
-        if self.bucket.size(name) is None:
-            return
-        control = parse(self.bucket.get(name)[0], name, level=int, by=str)
-        if control["level"] > self.level:
+        if self.bucket.size(name) is not None:
+            control = parse(self.bucket.get(name)[0], name, level=int, by=str)
             self.by = self.by or control["by"]
-            self.level = control["level"]
+            self.level = max(self.level, control["level"])
 
     def _read_client(self) -> None:
         name = self.prefix + "/client.json"
-        if self.order["if_client_lost"] != "stop" or self.bucket.size(name) is None:
-            return
-        beat = parse(self.bucket.get(name)[0], name)
-        if beat != self._client_beat:
-            self._client_beat, self._client_at = beat, now()
+        if self.order["if_client_lost"] == "stop" and self.bucket.size(name) is not None:
+            beat = parse(self.bucket.get(name)[0], name)
+            if beat != self._client_beat:
+                self._client_beat, self._client_at = beat, now()

@@ -22,7 +22,18 @@ from cloudrun.errors import CloudrunError
 from cloudrun.processes import below, parents, pids, send
 
 PASSED_ON = (
-    *("HOME", "PATH", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "VIRTUAL_ENV"),
+    *(
+        "HOME",
+        "PATH",
+        "USER",
+        "LOGNAME",
+        "SHELL",
+        "LANG",
+        "LANGUAGE",
+        "TZ",
+        "TMPDIR",
+        "VIRTUAL_ENV",
+    ),
     *("CONDA_PREFIX", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "XDG_CACHE_HOME"),
 )
 BOOT_SECONDS = 1.0
@@ -104,7 +115,10 @@ class LocalBackend:
         shutil.rmtree(self._folder(name), ignore_errors=True)
 
     def console(self, name: str) -> str:
-        with suppress(OSError), open(os.path.join(self._folder(name), "console"), errors="replace") as file:
+        with (
+            suppress(OSError),
+            open(os.path.join(self._folder(name), "console"), errors="replace") as file,
+        ):
             return file.read()[-4000:]
         return ""
 
@@ -123,7 +137,10 @@ class LocalBackend:
                 environ = file.read()
                 if mark in environ:
                     pairs = (item.partition("=") for item in os.fsdecode(environ).split("\0"))
-                    yield pid, {key: value for key, _, value in pairs if key.startswith("CLOUDRUN_")}
+                    yield (
+                        pid,
+                        {key: value for key, _, value in pairs if key.startswith("CLOUDRUN_")},
+                    )
 
     def _members(self, name: str) -> tuple[set[int], set[int]]:
         """(guards, all others): what carries the mark, what descends from it, what works in its directory."""

@@ -67,7 +67,7 @@ class Bucket(Protocol):
     def clone(self, name: str, path: str) -> bool:
         """Make `path` share the object's storage if both live on a file system that can; else False."""
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def names(self, prefix: str) -> Iterator[str]:
         """Full names of all objects below `prefix`, which is empty or ends in a slash, sorted."""
 
     def dirs(self, prefix: str) -> list[str]:

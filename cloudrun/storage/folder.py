@@ -76,19 +76,22 @@ class FolderBucket:
             self._rename(temporary, self._path(name))
 
     def swap(self, name: str, data: bytes, version: str | None) -> str:
-        with self._translated(name), self._written([data], durable=True) as (temporary, _):
-            with self._lock(name):
-                try:
-                    found: str | None = self.get(name)[1]
-                except Missing:
-                    found = None
-                if found != version:
-                    raise Conflict(f"{name} was replaced by somebody else")
-                self._rename(temporary, self._path(name))
+        written = self._written([data], durable=True)
+        with self._translated(name), written as (temporary, _), self._lock(name):
+            try:
+                found: str | None = self.get(name)[1]
+            except Missing:
+                found = None
+            if found != version:
+                raise Conflict(f"{name} was replaced by somebody else")
+            self._rename(temporary, self._path(name))
         return _version(data)
 
     def put_blob(self, prefix: str, content: Iterable[bytes], *, durable: bool = False) -> str:
-        with self._translated(prefix), self._written(content, durable=durable) as (temporary, digest):
+        with self._translated(prefix), self._written(content, durable=durable) as (
+            temporary,
+            digest,
+        ):
             self._link(temporary, self._path(prefix + digest))
             return digest
 
@@ -104,11 +107,11 @@ class FolderBucket:
                 return False
         return True
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def names(self, prefix: str) -> Iterator[str]:
         with self._translated(prefix):
             for entry in self._entries(prefix):
                 if entry.is_dir(follow_symlinks=False):
-                    yield from self.list(prefix + entry.name + "/")
+                    yield from self.names(prefix + entry.name + "/")
                 else:
                     yield prefix + entry.name
 

@@ -69,7 +69,7 @@ def plan(found: list[Found], index: Index, bucket: Bucket, project: str) -> Plan
 
 
 def send(plan: Plan, index: Index, bucket: Bucket, project: str, progress: Progress) -> Sent:
-    """Store every blob that is missing. Raises CloudrunError for a file that is unreadable, or keeps changing."""
+    """Store every blob that is missing. Raises CloudrunError for a file that keeps changing."""
     sender = _Sender(bucket, f"{project}/blobs/", progress)
     results = list(plan.lines)
     statuses: dict[int, os.stat_result] = {}

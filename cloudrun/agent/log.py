@@ -34,7 +34,8 @@ class Log:
         self._head: deque[bytes] = deque()
         self._tail: deque[bytes] = deque()
         self._head_bytes = self._tail_bytes = self._dropped = 0
-        self._spool, self._spool_written, self._spool_read = TemporaryFile(dir=".")  # noqa: SIM115, it lives as long as this object, 0, 0
+        self._spool = TemporaryFile(dir=".")  # noqa: SIM115, it lives as long as this object
+        self._spool_written = self._spool_read = 0
         self._closing = False
         self._thread = threading.Thread(target=self._send, daemon=True)
         self._thread.start()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 from collections.abc import Iterator
 
@@ -29,7 +28,7 @@ COLUMNS = "{:<44} {:<9} {:<8} {:>14} {:>12}"
 def which(client: Client, settings: Settings, text: str | None) -> Order:
     """The run that is meant. Every command first sweeps up after lost clients."""
     sweep(client.backend, client.bucket, client.report)
-    return find_run(client.bucket, settings.project, text, [platform.node(), os.getcwd()])
+    return find_run(client.bucket, settings.project, text, [os.uname().nodename, os.getcwd()])
 
 
 def ps(client: Client, *, as_json: bool) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -49,7 +48,7 @@ class Order:
     manifest: dict[str, Any]
     agent: list[str]
     limits: dict[str, float] = field(default_factory=dict)
-    origin: list[str] = field(default_factory=lambda: [platform.node(), os.getcwd()])
+    origin: list[str] = field(default_factory=lambda: [os.uname().nodename, os.getcwd()])
 
     @property
     def prefix(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +30,9 @@ class Client:
     backend: Backend
     report: Report
     signals: Signals
-    identity: str = field(default_factory=lambda: f"{platform.node()}-{os.getpid()}-{os.urandom(4).hex()}")
+    identity: str = field(
+        default_factory=lambda: f"{os.uname().nodename}-{os.getpid()}-{os.urandom(4).hex()}"
+    )
 
 
 @dataclass

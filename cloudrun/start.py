@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import py_compile
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import MAGIC_NUMBER, cache_from_source
 
 from cloudrun.bill import forget
 from cloudrun.config import Settings
@@ -21,6 +24,7 @@ from cloudrun.send import Plan, Sent, plan, send
 from cloudrun.storage import Bucket
 
 AGENT_MODULES = ("errors", "formats", "processes", "storage/__init__", "storage/folder")
+UNCHECKED = (1).to_bytes(4, "little") + bytes(8)  # the flags of a .pyc and the hash that nobody compares
 AGENT_MAIN = "from cloudrun.agent.main import main\n\nmain()\n"
 
 
@@ -138,18 +142,44 @@ def agent_of(bucket: Bucket, project: str) -> str:
 
 
 def agent_archive() -> bytes:
-    """The agent as a zipapp: always the same bytes for the same sources."""
+    """The agent as a zipapp: the same bytes for the same sources and the same Python."""
     package = os.path.dirname(os.path.abspath(__file__))
-    agent = sorted(name for name in os.listdir(os.path.join(package, "agent")) if name.endswith(".py"))
-    modules = [f"{name}.py" for name in AGENT_MODULES] + [f"agent/{name}" for name in agent]
+    agent = sorted(name[:-3] for name in os.listdir(os.path.join(package, "agent")) if name.endswith(".py"))
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr(zipfile.ZipInfo("__main__.py"), AGENT_MAIN)
         archive.writestr(zipfile.ZipInfo("cloudrun/__init__.py"), "")
-        for module in modules:
-            with open(os.path.join(package, module), encoding="utf-8") as file:
-                archive.writestr(zipfile.ZipInfo("cloudrun/" + module), file.read())
+        for module in (*AGENT_MODULES, *(f"agent/{name}" for name in agent)):
+            path = os.path.join(package, module + ".py")
+            with open(path, "rb") as file:
+                archive.writestr(zipfile.ZipInfo(f"cloudrun/{module}.py"), file.read())
+            compiled = _compiled(path)
+            if compiled:
+                archive.writestr(zipfile.ZipInfo(f"cloudrun/{module}.pyc"), compiled)
     return buffer.getvalue()
+
+
+def _compiled(path: str) -> bytes:
+    """Bytecode for a machine with this Python (another one ignores it), which starts 20 ms sooner.
+
+    Taken from the cache that every import uses, because only a stored file always has the same bytes;
+    marked as needing no check against the source's time, which a zip file does not keep.
+    """
+    status = os.stat(path)
+    of_source = (int(status.st_mtime) & 0xFFFFFFFF).to_bytes(4, "little")
+    of_source += (status.st_size & 0xFFFFFFFF).to_bytes(4, "little")
+    try:
+        cached = cache_from_source(path)
+        for tried in (False, True):
+            if tried:
+                py_compile.compile(path)
+            with suppress(FileNotFoundError), open(cached, "rb") as file:
+                compiled = file.read()
+                if compiled[:16] == MAGIC_NUMBER + bytes(4) + of_source:
+                    return MAGIC_NUMBER + UNCHECKED + compiled[16:]
+    except (OSError, NotImplementedError):  # an installation that cannot be written, or keeps no cache
+        pass
+    return b""
 
 
 def _send(prepared: Prepared, settings: Settings, bucket: Bucket, report: Report) -> Sent:

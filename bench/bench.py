@@ -1,7 +1,7 @@
 """What cloudrun costs, beside the obvious alternative on the same machine, in the same run.
 
     make bench                        every table
-    make bench ARGS='help latency'    some: help, first-byte, many-files, large-file, latency, throughput, quiet
+    make bench ARGS="help latency"    some of: help first-byte many-files large-file latency throughput quiet
 
 Medians of interleaved repetitions, because machines are noisy. The budget is what the project promises;
 a bench never fails. Needs about 5 GB of disk for the two large ones, and rsync for one of them.

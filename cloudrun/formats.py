@@ -81,8 +81,8 @@ def timestamp(seconds: float) -> str:
 def seconds_of(text: str) -> float:
     """The inverse of `timestamp`. Raises Corrupt."""
     try:
-        when = datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ")
-    except (ValueError, TypeError):
+        when = datetime.fromisoformat(text[:-1] if text.endswith("Z") else "")
+    except (ValueError, AttributeError):
         raise Corrupt(f"{text!r} is not a time") from None
     return when.replace(tzinfo=timezone.utc).timestamp()
 

@@ -37,6 +37,7 @@ PASSED_ON = (
     *("CONDA_PREFIX", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "XDG_CACHE_HOME"),
 )
 BOOT_SECONDS = 1.0
+GUARD = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "guard.py")
 KILL_SECONDS = 10.0
 
 
@@ -53,8 +54,6 @@ class LocalBackend:
         return [Offer("this computer", self._price, BOOT_SECONDS)]
 
     def create(self, name: str, offer: Offer, boot: Boot) -> None:
-        import cloudrun.guard
-
         folder = self._folder(name)
         os.makedirs(folder, mode=0o700)
         env = {key: value for key, value in os.environ.items() if key in PASSED_ON or key.startswith("LC_")}
@@ -66,7 +65,7 @@ class LocalBackend:
             CLOUDRUN_ROLE="guard",
             CLOUDRUN_BOOT=json.dumps(boot.payload),
         )
-        command = [sys.executable, "-I", "-S", cloudrun.guard.__file__]
+        command = [sys.executable, "-I", "-S", GUARD]
         try:
             with open(os.path.join(folder, "console"), "wb") as console:
                 guard = subprocess.Popen(

@@ -1,0 +1,119 @@
+"""README.md says what the program does: its tables are compared with the code, its examples are run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from cloudrun import config, errors
+from cloudrun.cli import cli
+from cloudrun.limits import DEFAULTS
+
+TOP = Path(__file__).resolve().parent.parent
+README = (TOP / "README.md").read_text(encoding="utf-8")
+
+
+def table(first_heading: str) -> dict[str, str]:
+    """First cell → second cell of the table whose first heading this is."""
+    lines = README.split(f"| {first_heading} |", 1)[1].splitlines()[2:]
+    rows = (re.split(r"(?<!\\)\|", line) for line in lines[: next(i for i, x in enumerate(lines) if not x)])
+    return {cells[1].strip(): cells[2].strip() for cells in rows}
+
+
+def example(name: str) -> str:
+    return README.split(f"<!-- test: {name} -->\n```sh\n", 1)[1].split("```", 1)[0]
+
+
+def test_every_setting_is_in_the_table_and_nothing_else() -> None:
+    rows = {name.strip("`"): meaning.replace("`", "") for name, meaning in table("variable").items()}
+    assert set(rows) == set(config.VARIABLES)
+    for name, meaning in config.VARIABLES.items():
+        assert rows[name].startswith(meaning.split(";")[0])
+
+
+def test_every_variable_that_the_code_reads_is_documented() -> None:
+    read = set()
+    for path in (TOP / "cloudrun").glob("*.py"):
+        read |= set(re.findall(r'environ(?:\.get\(|\[)"([A-Z_]+)"', path.read_text()))
+        read |= set(re.findall(r'number\("([A-Z_]+)"', path.read_text()))
+    machine = {"CLOUDRUN_BOOT", "CLOUDRUN_GUARD", "TERM"}
+    assert read - machine - {"CLOUDRUN_LIMITS"} <= set(config.VARIABLES)
+    assert "CLOUDRUN_LIMITS" in (TOP / "CONTRIBUTING.md").read_text()
+
+
+def test_every_option_is_in_the_table_and_nothing_else() -> None:
+    documented = {part for row in table("option") for part in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", row)}
+    context = cli.make_context("cloudrun", [], resilient_parsing=True)
+    known = {name for param in cli.get_params(context) for name in [*param.opts, *param.secondary_opts]}
+    assert documented == known
+
+
+def test_every_command_is_in_the_table_with_its_options() -> None:
+    rows = list(table("command"))
+    for name, command in cli.commands.items():
+        (row,) = (row for row in rows if row.startswith(f"`cloudrun {name} ") or row == f"`cloudrun {name}`")
+        for param in command.params:
+            if isinstance(param, click.Option) and param.name not in ("quiet",):
+                assert any(option in row for option in param.opts), (name, param.opts)
+    assert len(rows) == len(cli.commands) + 1
+
+
+def test_every_exit_code_is_in_the_table() -> None:
+    documented = {int(code) for row in table("code") for code in re.findall(r"\d+", row)}
+    known = {errors.USAGE, errors.UNKNOWN, errors.STILL_BILLED, errors.LIMIT, errors.FAILED}
+    assert documented == known | {0, 255} | {129, 130, 141, 143}
+
+
+def test_the_seconds_in_the_text_are_those_of_the_limits() -> None:
+    text = README.split("## Why it stops", 1)[1].split("## From cron", 1)[0]
+    assert f"gone for {DEFAULTS['agent_gone']} s" in text
+    assert f"silent for {DEFAULTS['agent_silence'] // 60} minutes" in text
+    assert f"after {DEFAULTS['grace_interrupt']} s SIGTERM" in text
+    assert f"after {DEFAULTS['grace_terminate']} more SIGKILL" in text
+    assert f"{DEFAULTS['reserve_grace'] + DEFAULTS['reserve_save']} s or twice the longest save" in text
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> dict[str, str]:
+    """Cron's environment, but for a PATH with our cloudrun on it, and one project."""
+    programs, project = tmp_path / "bin", tmp_path / "project"
+    programs.mkdir()
+    (programs / "cloudrun").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{TOP}/bin/cloudrun" "$@"\n')
+    (programs / "cloudrun").chmod(0o755)
+    (project / "model").mkdir(parents=True)
+    (project / "main.py").write_text(
+        "import os\nrate = os.environ.get('RATE', 'none')\nprint('rate', rate)\n"
+        "open('model/rate.txt', 'w').write(rate)\n"
+    )
+    path = f"{programs}:{os.path.dirname(shutil.which('python3') or '')}:/usr/bin:/bin"
+    return {"HOME": str(tmp_path), "PATH": path, "PROJECT": str(project)}
+
+
+def test_the_cron_example_works_as_written(shell: dict[str, str]) -> None:
+    subprocess.run(["sh", "-c", example("cron")], env=shell, cwd="/", check=True, stdin=subprocess.DEVNULL)
+    project = Path(shell["PROJECT"])
+    assert (project / "run.log").read_text() == "rate none\n"
+    assert (project / "model" / "rate.txt").read_text() == "none"
+
+
+def test_the_script_example_works_as_written(shell: dict[str, str]) -> None:
+    project = Path(shell["PROJECT"])
+    done = subprocess.run(["sh", "-c", example("script")], env=shell, cwd=project, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0
+    found = {path.name: path.read_text() for path in (project / "model").iterdir()}
+    assert found.pop("rate.txt") == "0.1"
+    ((name, rate),) = found.items()
+    assert name.startswith("rate.txt.") and rate == "0.3"
+
+
+def test_the_script_example_passes_a_failure_on(shell: dict[str, str]) -> None:
+    project = Path(shell["PROJECT"])
+    (project / "main.py").write_text("import os, sys\nsys.exit(3 if os.environ['RATE'] == '0.3' else 0)\n")
+    assert subprocess.run(["sh", "-c", example("script")], env=shell, cwd=project).returncode == 3

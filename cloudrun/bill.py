@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cloudrun.backends import Backend
-from cloudrun.errors import CloudrunError, Conflict, StillRunning
-from cloudrun.formats import canonical, timestamp
+from cloudrun.errors import BucketError, Conflict, StillRunning
+from cloudrun.formats import canonical, seconds_of, timestamp
 from cloudrun.order import Order
+from cloudrun.runs import attempt_object
 from cloudrun.storage import Bucket
 
 POLL_SECONDS = 0.02
@@ -38,7 +39,7 @@ def see_ended(backend: Backend, name: str, *, grace: float, limit: float, layer:
     while True:
         try:
             instance = backend.find(name)
-            if instance and instance.ended is None:
+            if instance:
                 started = instance.started
             if instance is None or instance.ended is not None:
                 ended = instance.ended if instance and instance.ended else time.time()
@@ -50,7 +51,7 @@ def see_ended(backend: Backend, name: str, *, grace: float, limit: float, layer:
             if time.monotonic() > patience or not instance.alive:
                 patience = 0.0
                 backend.stop(name)
-        except CloudrunError as error:
+        except Exception as error:  # whatever it is, it must not keep us from trying again
             errors.append(str(error))
         if time.monotonic() > deadline:
             raise StillRunning(
@@ -60,11 +61,22 @@ def see_ended(backend: Backend, name: str, *, grace: float, limit: float, layer:
         time.sleep(POLL_SECONDS)
 
 
+def as_claimed(bucket: Bucket, order: Order, attempt: int, ended: Ended) -> Ended:
+    """With the times that the bucket knows: made after its claim, gone before the next attempt's claim."""
+    with suppress(BucketError):
+        claim, after = (attempt_object(bucket, order, n, "claim") for n in (attempt, attempt + 1))
+        if claim and ended.started is None:
+            ended = replace(ended, started=seconds_of(claim["time"]))
+        if after:
+            ended = replace(ended, ended=min(ended.ended, seconds_of(after["time"])))
+    return ended
+
+
 def close(bucket: Bucket, order: Order, ends: list[Ended], reason: str, exit_code: int) -> dict[str, Any]:
     """Write the bill, once, and forget what was only needed until now. Returns the bill that stands."""
     starts = [end.started for end in ends if end.started is not None]
     known = len(starts) == len(ends)
-    seconds = sum(end.ended - (end.started or end.ended) for end in ends) if known else None
+    seconds = sum(max(end.ended - (end.started or end.ended), 0.0) for end in ends) if known else None
     bill = {
         "reason": reason,
         "exit_code": exit_code,

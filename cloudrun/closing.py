@@ -4,38 +4,36 @@ from __future__ import annotations
 
 import json
 import os
-import time
+import shlex
 from collections.abc import Iterator
-from typing import Any
 
-from cloudrun.backends import Offer
 from cloudrun.config import Settings
-from cloudrun.errors import FAILED, CloudrunError
+from cloudrun.errors import FAILED, BucketError, CloudrunError, Interrupted, UsageError
 from cloudrun.formats import shown
 from cloudrun.order import Order
 from cloudrun.pull import Pulled, pull
 from cloudrun.receipt import Outcome
 from cloudrun.report import human_bytes, human_money, human_seconds
-from cloudrun.run import Client, check_time
+from cloudrun.run import Client, best_offer, check_time
 from cloudrun.runs import read_bill, record
-from cloudrun.start import Wanted, amount, make_order, prepare
+from cloudrun.start import Wanted, amount, check_price, make_order, prepare
 from cloudrun.storage import Bucket
 
 
 def bring_home(client: Client, order: Order, outcome: Outcome) -> tuple[int, Pulled]:
     """Pull the outputs and print the one line that sums the run up. Returns cloudrun's exit code."""
-    client.report.stage("pull")
-    pulled, trouble = Pulled(), ""
+    report, code, pulled, trouble = client.report, outcome.exit_code, Pulled(), ""
     try:
-        pulled = pull(client.bucket, order, os.curdir, client.report)
-    except CloudrunError as error:
-        trouble = str(error)
+        report.stage("pull")
+        pulled = pull(client.bucket, order, os.curdir, report)
+    except (CloudrunError, Interrupted) as error:
+        trouble, code = str(error), code or error.exit_code
     say_pulled(client, order, pulled)
-    client.report.say(last_line(client.bucket, order, outcome, pulled))
+    say = report.say if outcome.reason == "exited" and code == outcome.exit_code else report.warn
+    say(last_line(client.bucket, order, outcome, counted(pulled)))
     if trouble:
-        client.report.error(f"{trouble}\nthe outputs are safe in the bucket: cloudrun pull {order.run}")
-        return outcome.exit_code or FAILED, pulled
-    return outcome.exit_code, pulled
+        report.error(f"{trouble}\nthe outputs are safe in the bucket: cloudrun pull {order.run}")
+    return code, pulled
 
 
 def say_pulled(client: Client, order: Order, pulled: Pulled) -> None:
@@ -43,31 +41,60 @@ def say_pulled(client: Client, order: Order, pulled: Pulled) -> None:
         client.report.warn(f"stored as {shown(path)}: the file here is not what this run sent")
 
 
-def last_line(bucket: Bucket, order: Order, outcome: Outcome, pulled: Pulled) -> str:
-    bill = read_bill(bucket, order) or {"seconds": None, "cost": None, "proof": "no bill"}
-    ran = "run time unknown" if outcome.seconds is None else f"ran {human_seconds(outcome.seconds)}"
-    billed = "billed time unknown" if bill["seconds"] is None else f"billed {human_seconds(bill['seconds'])}"
-    money = human_money(bill["cost"])
-    if order.backend == "local" and bill["cost"] == 0:
-        money += " (local)"
+def counted(pulled: Pulled) -> str:
     count = len(pulled.fetched) + len(pulled.beside)
-    fetched = f"{count} outputs fetched" + (f" ({human_bytes(pulled.bytes)})" if pulled.bytes else "")
-    return f"{outcome.words} · {ran} · {billed} · {money} · {fetched} · ended: {bill['proof']}"
+    size = f" ({human_bytes(pulled.bytes)})" if pulled.bytes else ""
+    return f"{count} output{'s' * (count != 1)} fetched{size}"
 
 
-def write_record(path: str, bucket: Bucket, order: Order, pulled: Pulled) -> None:
-    """What `--json FILE` gets. Raises CloudrunError."""
-    value: dict[str, Any] = dict(record(bucket, order), fetched=pulled.fetched, beside=pulled.beside)
+def last_line(bucket: Bucket, order: Order, outcome: Outcome, *fetched: str) -> str:
+    """How it ended, how long that took, what it costs, and how that is known."""
     try:
+        bill = read_bill(bucket, order) or {}
+    except BucketError:
+        bill = {}
+    ran = "run time unknown" if outcome.seconds is None else f"ran {human_seconds(outcome.seconds)}"
+    seconds, cost = bill.get("seconds"), bill.get("cost")
+    billed = "billed time unknown" if seconds is None else f"billed {human_seconds(seconds)}"
+    money = human_money(cost) + (" (local)" if order.backend == "local" and cost == 0 else "")
+    proof = f"ended: {bill.get('proof', 'its bill is not closed yet')}"
+    return " · ".join([outcome.words, ran, billed, money, *fetched, proof])
+
+
+def check_json(path: str | None) -> None:
+    """Raises UsageError for a --json FILE that cannot be written: later would be too late."""
+    folder = os.path.dirname(path or "") or os.curdir
+    if path is not None and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
+        raise UsageError(f"--json {path}: cannot write there")
+
+
+def write_record(path: str, client: Client, order: Order, pulled: Pulled) -> int:
+    """What `--json FILE` gets. Returns an exit code if that failed, else 0."""
+    try:
+        value = dict(record(client.bucket, order), fetched=pulled.fetched, beside=pulled.beside)
         with open(path, "w", encoding="ascii") as file:
             json.dump(value, file, indent=1)
             file.write("\n")
-    except OSError as error:
-        raise CloudrunError(f"cannot write {path}: {error.strerror}") from None
+    except (OSError, BucketError) as error:
+        client.report.error(f"cannot write {path}: {error}")
+        return FAILED
+    return 0
 
 
-def dry_run_lines(settings: Settings, wanted: Wanted, bucket: Bucket, offer: Offer) -> Iterator[str]:
+def price_words(order: Order) -> str:
+    """What a run can cost, said before it costs anything."""
+    ends = f"ends by {order.ends_by[:16].replace('T', ' ')} UTC"
+    if order.price is None:
+        return f"price unknown, {ends}"
+    worst = (order.seconds + order.limits["provider"]) * order.price / 3600
+    most = f"at most {human_money(worst)}" if order.price else "nothing is billed"
+    return f"{order.price:g} USD/h, {ends}, {most}"
+
+
+def dry_run_lines(client: Client, settings: Settings, wanted: Wanted) -> Iterator[str]:
     """Everything that a run would send, do and spend, a line each."""
+    bucket, offer = client.bucket, best_offer(client.backend)
+    check_price(settings, offer.price)
     prepared = prepare(settings, bucket)
     work = prepared.plan
     order = make_order("dry-run", settings, wanted, offer.price, work, "0" * 64, "0" * 64)
@@ -81,13 +108,6 @@ def dry_run_lines(settings: Settings, wanted: Wanted, bucket: Bucket, offer: Off
             yield f"  leave {shown(path)} ({why})"
     yield "  " + amount(work)
     names = ", ".join(sorted(wanted.env)) or "nothing"
-    yield f"run: {' '.join(wanted.argv)}, with {names} from -e"
-    yield f"on: {offer.what} ({settings.backend}), ended at {order.deadline} at the latest"
-    price = "price unknown" if offer.price is None else f"{offer.price:g} USD/h"
-    worst = None if offer.price is None else (order.seconds + order.limits["provider"]) * offer.price / 3600
-    yield f"spend: {price}, at most {human_money(worst)}"
+    yield f"run: {shlex.join(wanted.argv)}, with {names} from -e"
+    yield f"on: {offer.what} ({settings.backend}), {price_words(order)}"
     yield f"bring back: {', '.join(order.outputs)}"
-
-
-def age(seconds_ago: float) -> str:
-    return human_seconds(max(time.time() - seconds_ago, 0))

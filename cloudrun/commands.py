@@ -2,120 +2,127 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
 
+from cloudrun import follow as following
 from cloudrun import pull as pulling
-from cloudrun.bill import close
-from cloudrun.closing import age, last_line, say_pulled
+from cloudrun.backends import Offer
+from cloudrun.closing import counted, last_line, say_pulled
 from cloudrun.config import Settings
-from cloudrun.errors import BucketError
-from cloudrun.follow import NOW, Seen, request_end
+from cloudrun.errors import BucketError, CloudrunError
+from cloudrun.follow import NOW, Seen, conclude, request_end
 from cloudrun.formats import seconds_of
 from cloudrun.order import Order
-from cloudrun.output import Output, OutputClosed
-from cloudrun.pull import Pulled
-from cloudrun.receipt import read_receipt
-from cloudrun.run import Client, end_of, see_through
+from cloudrun.output import Output
+from cloudrun.report import human_seconds
+from cloudrun.run import Client, claim, end_of, see_through, settle
 from cloudrun.runs import find_run, last_attempt, load, open_runs, read_bill, record
 from cloudrun.sweep import sweep
 
 COLUMNS = "{:<44} {:<9} {:<8} {:>14} {:>12}"
 
 
+def sweep_up(client: Client) -> None:
+    """Every command first ends and closes what lost clients left; what it cannot end, it says."""
+    try:
+        sweep(client.backend, client.bucket, client.report)
+    except CloudrunError as error:
+        client.report.error(str(error))
+
+
 def which(client: Client, settings: Settings, text: str | None) -> Order:
-    """The run that is meant. Every command first sweeps up after lost clients."""
-    sweep(client.backend, client.bucket, client.report)
+    """The run that is meant. Raises UsageError."""
+    sweep_up(client)
     return find_run(client.bucket, settings.project, text, [os.uname().nodename, os.getcwd()])
 
 
-def ps(client: Client, *, as_json: bool) -> Iterator[str]:
+def ps(client: Client, settings: Settings, *, as_json: bool) -> int:
     """A line per open run, oldest first; with `as_json` one JSON array."""
-    sweep(client.backend, client.bucket, client.report)
+    sweep_up(client)
     records = []
     for project, run in open_runs(client.bucket):
         try:
             records.append(record(client.bucket, load(client.bucket, project, run)))
         except BucketError as error:
-            client.report.detail(f"{run}: {error}")
+            client.report.warn(f"{run}: {error}")
+    records.sort(key=lambda item: str(item["started"]))
     if as_json:
-        yield json.dumps(records, indent=1)
+        print(json.dumps(records, indent=1))
     elif records:
-        yield COLUMNS.format("RUN", "STATE", "BACKEND", "AGE", "USD/H")
-        for item in sorted(records, key=lambda item: str(item["started"])):
-            price = "unknown" if item["price_usd_per_hour"] is None else f"{item['price_usd_per_hour']:.2f}"
-            yield COLUMNS.format(
-                item["run"], item["state"], item["backend"], age(seconds_of(item["started"])), price
-            )
+        print(COLUMNS.format("RUN", "STATE", "BACKEND", "AGE", "USD/H"))
+    for item in () if as_json else records:
+        price = item["price_usd_per_hour"]
+        words = "unknown" if price is None else f"{price:.2f}"
+        age = human_seconds(max(time.time() - seconds_of(item["started"]), 0))
+        print(COLUMNS.format(item["run"], str(item["state"]), item["backend"], age, words))
+    return 0
 
 
-def record_line(client: Client, order: Order) -> str:
-    return json.dumps(record(client.bucket, order), indent=1)
-
-
-def logs(client: Client, order: Order, *, follow: bool) -> int:
+def logs(client: Client, settings: Settings, run: str | None, *, follow: bool) -> int:
     """Print every attempt's output from the beginning."""
-    attempt = 1
-    output = _output(client, order, attempt)
-    while True:
-        try:
-            while output.step():
-                pass
-        except OutputClosed:
-            return 0
-        newest = last_attempt(client.bucket, order)
-        if attempt < newest:
-            attempt += 1
-            output = _output(client, order, attempt)
-        elif not follow or read_bill(client.bucket, order) or _all_printed(client, order, output):
-            return 0
+    order = which(client, settings, run)
+    for attempt in itertools.count(1):
+        patience = 0.0
+        if follow:
+            seen = following.follow(client, order, attempt, mine=False)
+            patience = order.limits["self_end"] if seen.how == "preempted" else 0.0
         else:
-            time.sleep(client.bucket.pace)
+            prefix = f"{order.prefix}/attempts/{attempt}/log"
+            output = Output(client.bucket, prefix, client.report, lambda: False)
+            while not output.closed and output.step():
+                pass
+        if not _has_next(client, order, attempt, patience):
+            return 0
+    raise AssertionError
 
 
-def _output(client: Client, order: Order, attempt: int) -> Output:
-    return Output(client.bucket, f"{order.prefix}/attempts/{attempt}/log", client.report, lambda: None)
+def _has_next(client: Client, order: Order, attempt: int, patience: float) -> bool:
+    """Whether there is an attempt after this one, or comes one within so many seconds."""
+    deadline = time.monotonic() + patience
+    while last_attempt(client.bucket, order) <= attempt:
+        if time.monotonic() >= deadline or read_bill(client.bucket, order):
+            return False
+        time.sleep(client.bucket.pace)
+    return True
 
 
-def _all_printed(client: Client, order: Order, output: Output) -> bool:
-    receipt = read_receipt(client.bucket, order.prefix)
-    if receipt:
-        return output.printed >= int(receipt["chunks"])
-    instances = {instance.run for instance in client.backend.all()}
-    return order.run not in instances and last_attempt(client.bucket, order) > 0 and not output.step()
-
-
-def wait(client: Client, order: Order) -> int:
+def wait(client: Client, settings: Settings, run: str | None, *, as_json: bool) -> int:
     """Until the run has ended and its bill is closed; the output is not printed."""
+    order = which(client, settings, run)
     outcome = see_through(client, order)
-    client.report.say(last_line(client.bucket, order, outcome, Pulled()))
+    if as_json:
+        print(json.dumps(record(client.bucket, order), indent=1))
+    client.report.say(last_line(client.bucket, order, outcome))
     return outcome.exit_code
 
 
-def stop(client: Client, order: Order, *, now: bool) -> int:
+def stop(client: Client, settings: Settings, run: str | None, *, now: bool) -> int:
     """End a run and see its machine ended. Raises StillRunning."""
+    order = which(client, settings, run)
     if read_bill(client.bucket, order):
         client.report.say(f"{order.run} has ended already")
         return 0
     request_end(client.bucket, order.prefix, NOW if now else 1, "stop")
-    attempt = last_attempt(client.bucket, order)
-    if now and attempt:
-        outcome, ended = end_of(client, order, attempt, 0, Seen("now", by="SIGINT"))
-        close(client.bucket, order, [ended], outcome.reason, outcome.exit_code)
+    first = Offer("nothing: stopped before it started", None, 0)
+    claimed = not last_attempt(client.bucket, order) and claim(client, order, 1, first)
+    if now or claimed:
+        ended = end_of(client, order, last_attempt(client.bucket, order), grace=0.0)
+        outcome = settle(client, order, [ended], conclude(client.bucket, order, Seen("now", by="SIGINT")))
     else:
         outcome = see_through(client, order)
-    client.report.say(last_line(client.bucket, order, outcome, Pulled()))
+    client.report.say(last_line(client.bucket, order, outcome))
     return 0
 
 
-def pull(client: Client, order: Order) -> int:
+def pull(client: Client, settings: Settings, run: str | None) -> int:
+    """Of a running run, the last complete save."""
+    order = which(client, settings, run)
     pulled = pulling.pull(client.bucket, order, os.curdir, client.report)
     say_pulled(client, order, pulled)
-    if not read_receipt(client.bucket, order.prefix) and not read_bill(client.bucket, order):
+    if not read_bill(client.bucket, order) and client.bucket.size(order.prefix + "/receipt.json") is None:
         client.report.say("the run goes on; this is its last complete save")
-    client.report.say(
-        f"{len(pulled.fetched) + len(pulled.beside)} outputs fetched, {pulled.unchanged} were here already"
-    )
+    client.report.say(f"{counted(pulled)}, {pulled.unchanged} were here already")
     return 0

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from cloudrun.errors import UsageError
@@ -112,13 +113,16 @@ def data_directory(environ: Mapping[str, str]) -> str:
     """Where local runs live. Raises UsageError if there is no home at all (cron without HOME)."""
     import platformdirs
 
-    path = platformdirs.user_data_dir("cloudrun")
-    if not os.path.isabs(path):
-        raise UsageError("there is no home directory: set HOME or XDG_DATA_HOME")
-    return path
+    with suppress(RuntimeError):  # newer versions of platformdirs
+        path = platformdirs.user_data_dir("cloudrun")
+        if os.path.isabs(path):
+            return path
+    raise UsageError("there is no home directory: set HOME or XDG_DATA_HOME")
 
 
 def project_name(name: str) -> str:
     """A name that may stand in labels and object names: at most 41 of a-z 0-9 - _, first no - or _."""
     slug = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")[:41].rstrip("-_")
-    return slug or "project-" + hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+    return (
+        slug if slug not in ("", "open") else "project-" + hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+    )

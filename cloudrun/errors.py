@@ -5,6 +5,8 @@ Sent to the machine with the agent: standard library, Python 3.8.
 
 from __future__ import annotations
 
+import signal
+
 USAGE = 2
 UNKNOWN = 121
 STILL_BILLED = 122
@@ -24,11 +26,11 @@ class UsageError(CloudrunError):
     exit_code = USAGE
 
 
-class Interrupted(CloudrunError):
-    """The user ended the run with signal `signum`."""
+class Interrupted(BaseException):
+    """Signal `signum` came. Like KeyboardInterrupt no Exception: whoever tries again must not catch it."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"ended by signal {signum}")
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
         self.exit_code = 128 + signum
 
 

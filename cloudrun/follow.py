@@ -5,23 +5,23 @@ from __future__ import annotations
 import itertools
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cloudrun.bill import Ended
-from cloudrun.errors import UNKNOWN, BucketError, CloudrunError, Conflict, Missing
+from cloudrun.errors import UNKNOWN, BucketError, CloudrunError, Conflict, Corrupt, Missing
 from cloudrun.formats import canonical, parse
 from cloudrun.order import Order
-from cloudrun.output import Output, OutputClosed
-from cloudrun.receipt import Outcome, outcome_of, read_receipt, user_code
-from cloudrun.report import Report, human_money, human_seconds
+from cloudrun.output import Output
+from cloudrun.receipt import Outcome, billed_outcome, outcome_of, read_receipt, user_code
+from cloudrun.report import human_money, human_seconds
 from cloudrun.runs import attempt_object
 from cloudrun.storage import Bucket
 
 if TYPE_CHECKING:
     from cloudrun.run import Client
 
-LOOK_SECONDS = 0.5  # between two looks at the machine
+LOOK_SECONDS = 0.5  # between two looks at the machine, and two tries at a bucket that is out of reach
 LAST_WORDS_SECONDS = 0.5  # in which the bucket may show what a machine wrote just before it went
 NOW = 2
 
@@ -30,8 +30,8 @@ NOW = 2
 class Seen:
     """How following an attempt ended.
 
-    `how`: finished (there is a receipt), preempted, gone (without a word), silent, overdue, now (the
-    user asked twice), detached. `by` is the signal with which the user asked.
+    `how`: finished (there is a receipt), preempted, gone (without a word), superseded (by the next
+    attempt), silent, overdue, now (the user asked twice), detached. `by`: the signal of the user's wish.
     """
 
     how: str
@@ -48,10 +48,8 @@ class Seen:
             return None
         return self.self_end if self.how in ("finished", "preempted", "gone") else 0.0
 
-    def outcome(self, order: Order, ended: Ended) -> Outcome:
-        """What it means for the run, once the machine is seen ended."""
-        if self.receipt:
-            return outcome_of(self.receipt)
+    def outcome(self, order: Order) -> Outcome:
+        """What it means for the run, if there is no receipt."""
         if self.how == "now":
             return Outcome("stopped", user_code(self.by), "ended by the user, at once")
         if self.how == "preempted":
@@ -66,27 +64,34 @@ class Seen:
         return Outcome("lost", UNKNOWN, f"outcome unknown ({why})")
 
 
-def follow(client: Client, order: Order, attempt: int, *, mine: bool = True, detach: bool = False) -> Seen:
-    """Until the attempt's end, or its first sign of life with `detach`.
+def conclude(bucket: Bucket, order: Order, seen: Seen, bill: dict[str, Any] | None = None) -> Outcome:
+    """How the run ended, once its machine is seen ended: the receipt has the last word."""
+    try:
+        receipt = seen.receipt or read_receipt(bucket, order.prefix)
+        if receipt:
+            return outcome_of(receipt)
+        level, by = requested_end(bucket, order.prefix)
+        if level >= NOW:
+            seen = Seen("now", by=by)
+    except BucketError as error:
+        if seen.how != "now":
+            return Outcome("lost", UNKNOWN, f"outcome unknown ({error})")
+    return billed_outcome(bill) if bill else seen.outcome(order)
 
-    mine: print its output, and take signals as the wish to end it; they are counted meanwhile.
+
+def follow(
+    client: Client, order: Order, attempt: int, *, mine: bool = True, show: bool = True, detach: bool = False
+) -> Seen:
+    """Until the attempt's end, or its first sign of life with `detach`. Raises nothing of its own.
+
+    mine: signals are the wish to end it, counted meanwhile. show: print its output.
     """
     if mine:
         client.signals.hold()
     client.report.stage("follow")
     follower = _Follower(client, order, attempt, mine)
     while True:
-        try:
-            seen = follower.step(detach=detach)
-        except OutputClosed:
-            follower.ask(signal.SIGPIPE)
-            continue
-        except BucketError as error:
-            if error.permanent:
-                raise
-            client.report.status(f"the bucket cannot be reached: {error}")
-            seen = None
-            time.sleep(1)
+        seen = follower.step(show=show, detach=detach)
         if seen:
             client.report.clear()
             return seen
@@ -96,71 +101,100 @@ class _Follower:
     def __init__(self, client: Client, order: Order, attempt: int, mine: bool) -> None:
         self.client, self.order, self.attempt, self.mine = client, order, attempt, mine
         self.name = f"{order.run}-{attempt}"
-        self.output = Output(
-            client.bucket, f"{order.prefix}/attempts/{attempt}/log", client.report, self.tick
-        )
+        log = f"{order.prefix}/attempts/{attempt}/log"
+        self.output = Output(client.bucket, log, client.report, self.tick)
         self.begun = self.heard = time.monotonic()
+        self.end_at = self.begun + order.left() + order.limits["provider"]  # whatever the clock does later
         self.state: dict[str, Any] = {}
         self.asked: list[int] = []
         self.alive = False
         self.gone_at: float | None = None
-        self._looked = self._beaten = self._stated = 0.0
+        self.cut_off: BucketError | None = None
+        self._counted = self._told = 0
+        self._looked = self._beaten = self._stated = self._told_at = 0.0
         self._beats = itertools.count(1)
 
-    def step(self, *, detach: bool) -> Seen | None:
-        moved = self.mine and self.output.step()
-        self.tick()
-        if len(self.asked) >= NOW:
+    def step(self, *, show: bool, detach: bool) -> Seen | None:
+        if self.tick():
             return self._seen("now")
-        if moved:
-            self.heard = time.monotonic()
-            return None  # output first: it is what the user waits for
-        receipt = read_receipt(self.client.bucket, self.order.prefix)
-        if receipt and (
-            not self.mine or self.output.printed >= receipt["chunks"] or receipt["attempt"] != self.attempt
-        ):
-            return self._seen("finished", receipt)
-        if time.monotonic() - self._stated > 4 * self.client.bucket.pace:
-            self._stated = time.monotonic()
-            self._read_state()
-        if detach and self.state:
+        if self.output.closed and not self.mine:
             return self._seen("detached")
-        seen = self._look() if time.monotonic() - self._looked > LOOK_SECONDS else None
+        seen = None
+        try:
+            if show and self.output.step():
+                self.heard = time.monotonic()
+                return None  # output first: it is what the user waits for
+            seen = self._read(show, detach)
+            self.cut_off = None
+        except BucketError as error:
+            self.cut_off, self.heard = error, time.monotonic()  # who is silent cannot be known
+            self.client.report.status(f"the bucket cannot be read: {error}")
+            time.sleep(LOOK_SECONDS)
+        if not seen and time.monotonic() - self._looked > LOOK_SECONDS:
+            seen = self._look(show)
         if not seen:
             time.sleep(self.client.bucket.pace)
         return seen
 
-    def tick(self) -> None:
-        """What must not wait for anybody: the user's signals, and our sign of life."""
-        for signum in self.client.signals.received[len(self.asked) :]:
-            self.ask(signum)
-        if time.monotonic() - self._beaten > self.order.limits["client_beat"]:
-            self._beaten = time.monotonic()
-            beat = {"client": self.client.identity, "beat": next(self._beats)}
-            self.client.bucket.put(self.order.prefix + "/client.json", canonical(beat))
+    def tick(self) -> bool:
+        """What must not wait for anybody: the user's signals, and our sign of life. True: end it now."""
+        if self.mine:
+            signals = self.client.signals.received[self._counted :]
+            self._counted += len(signals)
+            self.asked += signals
+            if self.output.closed and signal.SIGPIPE not in self.asked:
+                self.asked.append(signal.SIGPIPE)
+        now, limits = time.monotonic(), self.order.limits
+        with suppress(BucketError):  # it is tried again
+            if len(self.asked) > self._told and now - self._told_at > LOOK_SECONDS:
+                self._told_at = now
+                self._tell(min(len(self.asked), NOW))
+            if self.order.if_client_lost == "stop" and now - self._beaten > limits["client_beat"]:
+                self._beaten = now
+                beat = {"client": self.client.identity, "beat": next(self._beats)}
+                self.client.bucket.put(self.order.prefix + "/client.json", canonical(beat))
+        return len(self.asked) >= NOW
 
-    def ask(self, signum: int) -> None:
-        """Ask the agent to end main.py; the second time the caller ends the machine."""
-        self.asked.append(signum)
-        level = min(len(self.asked), NOW)
-        if level == 1:
+    def _tell(self, level: int) -> None:
+        """Ask the agent to end main.py; when asked twice, our caller ends the machine."""
+        request_end(self.client.bucket, self.order.prefix, level, self._by())
+        self._told = level
+        if level < NOW:
             self.client.report.say("ending main.py and saving; once more ends the machine at once")
-        request_end(self.client.bucket, self.order.prefix, level, signal.Signals(self.asked[0]).name)
+
+    def _by(self) -> str:
+        return signal.Signals(self.asked[0]).name if self.asked else ""
 
     def _seen(self, how: str, receipt: dict[str, Any] | None = None) -> Seen:
-        by = signal.Signals(self.asked[0]).name if self.asked else ""
-        console = "" if receipt else self.client.backend.console(self.name)
-        self_end = self.order.limits["self_end"]
-        return Seen(how, receipt, by, console, self.state.get("phase") in ("run", "save"), self_end)
+        console = ""
+        if how not in ("finished", "detached"):
+            with suppress(CloudrunError):
+                console = self.client.backend.console(self.name)
+        began = self.state.get("phase") in ("run", "save")
+        return Seen(how, receipt, self._by(), console, began, self.order.limits["self_end"])
+
+    def _read(self, show: bool, detach: bool) -> Seen | None:
+        """What the machine wrote: its receipt, or how it is."""
+        if time.monotonic() - self._stated > 4 * self.client.bucket.pace:
+            self._stated = time.monotonic()
+            self._read_state()
+        if detach and self.state and not self.asked:
+            return self._seen("detached")
+        try:
+            receipt = read_receipt(self.client.bucket, self.order.prefix)
+        except Corrupt:
+            return self._seen("finished")
+        rest = receipt["chunks"] if receipt and show and receipt["attempt"] == self.attempt else 0
+        return self._seen("finished", receipt) if receipt and self.output.printed >= rest else None
 
     def _read_state(self) -> None:
         state = attempt_object(self.client.bucket, self.order, self.attempt, "state")
         if state and state.get("beat") != self.state.get("beat"):
             self.heard = time.monotonic()
         self.state = state or self.state
-        if self.state.get("phase") == "fetch" and "of_bytes" in self.state:
-            numbers = (self.state.get(key, 0) for key in ("files", "of_files", "bytes", "of_bytes"))
-            self.client.report.progress("the machine fetches", *numbers)
+        numbers = [self.state.get(key) for key in ("files", "of_files", "bytes", "of_bytes")]
+        if self.state.get("phase") == "fetch" and all(isinstance(number, int) for number in numbers):
+            self.client.report.progress("the machine fetches", *numbers)  # type: ignore[arg-type]
         elif self.output.at_line_start:
             self.client.report.status(self._status())
 
@@ -168,62 +202,65 @@ class _Follower:
         ran = time.monotonic() - self.begun
         price = "" if not self.order.price else f" · {human_money(ran * self.order.price / 3600)} so far"
         phase = self.state.get("phase", "starting the machine")
-        return f"{phase} · {human_seconds(ran)}{price} · ends by {self.order.deadline[11:16]} UTC"
+        return f"{phase} · {human_seconds(ran)}{price} · ends by {self.order.ends_by[11:16]} UTC"
 
-    def _look(self) -> Seen | None:
+    def _look(self, show: bool) -> Seen | None:
         """At the machine: is it there, does it live, is it time?"""
         self._looked = now = time.monotonic()
-        instance = self.client.backend.find(self.name)
-        self.alive = self.alive or bool(instance and instance.alive)
-        known = (
-            self.alive or attempt_object(self.client.bucket, self.order, self.attempt, "agent") is not None
-        )
-        if instance and instance.alive:
-            self.gone_at = None
-        elif known or instance or now - self.begun > self.order.limits["boot"]:
-            self.gone_at = self.gone_at or now
-            if now - self.gone_at >= LAST_WORDS_SECONDS and not (self.mine and self.output.step()):
-                return self._gone()
-        silence = 1.5 * self.order.limits["agent_silence"] + 2 * self.order.limits["state"]
-        if now - self.heard > silence:
+        with suppress(CloudrunError):  # a provider that cannot be asked says nothing about the machine
+            instance = self.client.backend.find(self.name)
+            if instance and instance.alive:
+                self.alive, self.gone_at = True, None
+            elif self.alive or instance or self.state or now - self.begun > self.order.limits["boot"]:
+                self.gone_at = self.gone_at or now
+            readable = not self.cut_off or self.cut_off.permanent
+            if self.gone_at and readable and now - self.gone_at >= LAST_WORDS_SECONDS:
+                return self._gone(show)
+            if attempt_object(self.client.bucket, self.order, self.attempt + 1, "claim"):
+                return self._seen("superseded")
+        if now - self.heard > 1.5 * self.order.limits["agent_silence"] + 2 * self.order.limits["state"]:
             return self._seen("silent")
-        if self.order.left() < -self.order.limits["provider"]:
-            return self._seen("overdue")
-        return None
+        return self._seen("overdue") if now > self.end_at else None
 
-    def _gone(self) -> Seen:
-        receipt = read_receipt(self.client.bucket, self.order.prefix)
-        if receipt:
-            return self._seen("finished", receipt)
-        self._read_state()
-        end = attempt_object(self.client.bucket, self.order, self.attempt, "end")
-        return self._seen("preempted" if end else "gone")
+    def _gone(self, show: bool) -> Seen | None:
+        with suppress(BucketError):
+            if show and self.output.step():
+                return None
+            seen = self._read(show=False, detach=False)
+            if seen:
+                return seen
+            self._read_state()
+            if attempt_object(self.client.bucket, self.order, self.attempt, "end"):
+                return self._seen("preempted")
+        return self._seen("gone")
 
 
 def request_end(bucket: Bucket, prefix: str, level: int, by: str) -> None:
     """Raise the level in control.json; it never falls, and who asked first stays named."""
-    name = prefix + "/control.json"
     for _ in range(20):
-        version = None
+        found, version = _control(bucket, prefix)
+        if found["level"] >= level:
+            return
         try:
-            data, version = bucket.get(name)
-            found = parse(data, name, level=int, by=str)
-            if found["level"] >= level:
-                return
-            by = found["by"]
-        except Missing:
-            pass
-        try:
-            bucket.swap(name, canonical({"level": level, "by": by}), version)
+            bucket.swap(
+                prefix + "/control.json", canonical({"level": level, "by": found["by"] or by}), version
+            )
             return
         except Conflict:
             time.sleep(0.05)
-    raise CloudrunError(f"cannot write {name}: somebody else keeps writing it")
+    raise BucketError(f"cannot write {prefix}/control.json: somebody else keeps writing it")
 
 
-def say_price(report: Report, order: Order, what: str) -> None:
-    """What the run can cost, said before it costs anything."""
-    price = "price unknown" if order.price is None else f"{order.price:g} USD/h"
-    worst = (order.seconds + order.limits["provider"]) * (order.price or 0) / 3600
-    most = "nothing is billed" if order.price == 0 else f"at most {human_money(worst)}"
-    report.say(f"{what}, {price}, ends by {order.deadline[:16].replace('T', ' ')} UTC, {most}")
+def requested_end(bucket: Bucket, prefix: str) -> tuple[int, str]:
+    """(level, who asked first) of control.json; level 0 while nobody did."""
+    found, _ = _control(bucket, prefix)
+    return found["level"], found["by"]
+
+
+def _control(bucket: Bucket, prefix: str) -> tuple[dict[str, Any], str | None]:
+    name = prefix + "/control.json"
+    try:
+        data, version = bucket.get(name)
+        return parse(data, name, level=int, by=str), version
+    except Missing:
+        return {"level": 0, "by": ""}, None

@@ -37,6 +37,7 @@ pipe to its parent: `.` alive, `R` the run is finished, `L<seconds>\\n` so much 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import namedtuple
 from datetime import datetime, timezone
@@ -62,7 +63,7 @@ def parse(data: bytes, name: str, **fields: type | tuple[type, ...]) -> dict[str
     """Read a JSON object whose `fields` have these types. Raises Corrupt, naming the object."""
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Corrupt(f"{name} is damaged: it is not JSON") from None
     if not isinstance(value, dict):
         raise Corrupt(f"{name} is damaged: it is not a JSON object")
@@ -124,10 +125,10 @@ def read_entry(value: Any, name: str, *, with_parts: bool) -> Entry:
             return Entry(path, mode & 0o777)
         size, sha256 = value["size"], value["sha256"]
         parts = tuple(_read_part(part) for part in value["parts"]) if with_parts else ()
-        if with_parts and sum(length for _, _, length in parts) != size:
-            raise ValueError(size)
         if not isinstance(size, int) or size < 0 or not HEX64.match(sha256):
             raise ValueError(sha256)
+        if with_parts and sum(length for _, _, length in parts) != size:
+            raise ValueError(size)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise Corrupt(f"{name} is damaged: {str(value)[:200]!r} is no entry of it") from None
     return Entry(path, mode & 0o777, size, sha256, parts)
@@ -142,7 +143,7 @@ def _read_part(part: Any) -> tuple[str, int, int]:
 
 def check_path(path: Any) -> None:
     """A path is relative, normal, and stays where it is. Raises ValueError."""
-    if not isinstance(path, str) or not path or len(path) > MAX_PATH or "\0" in path:
+    if not isinstance(path, str) or "\0" in path or not 0 < len(os.fsencode(path)) <= MAX_PATH:
         raise ValueError("not a path")
     if path.startswith("/") or any(part in ("", ".", "..") for part in path.split("/")):
         raise ValueError("not a path inside the project")
@@ -150,7 +151,9 @@ def check_path(path: Any) -> None:
 
 def check_link(path: str, target: Any) -> None:
     """A link is relative and its target, taken by its words, stays inside the project. Raises ValueError."""
-    if not isinstance(target, str) or not target or len(target) > MAX_PATH or target.startswith("/"):
+    if not isinstance(target, str) or "\0" in target or not 0 < len(os.fsencode(target)) <= MAX_PATH:
+        raise ValueError("not a link")
+    if target.startswith("/"):
         raise ValueError("not a link inside the project")
     depth = path.count("/")
     for part in target.split("/"):

@@ -1,6 +1,7 @@
 """What is known of the project's files from the last time: it saves hashing, and decides nothing else.
 
-A line per file: the stat that it had, a tab, its manifest line. Losing the index costs time only.
+A line per file: the stat that it had, a tab, its manifest line. The last line is the sha256 of the others.
+Losing the index, or finding it damaged, costs time only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ def index_path(bucket_url: str, project: str) -> str | None:
     """Where the index of this directory lives; None where there is no place for it."""
     import platformdirs
 
-    folder = platformdirs.user_cache_dir("cloudrun")
+    try:
+        folder = platformdirs.user_cache_dir("cloudrun")
+    except RuntimeError:  # there is no home; older versions return a path with ~
+        return None
     if not os.path.isabs(folder):
         return None
     key = f"{os.getcwd()}\n{bucket_url}\n{project}"
@@ -30,34 +34,60 @@ def stat_key(status: os.stat_result) -> str:
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 
 
-def settled(status: os.stat_result) -> bool:
-    return time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NS
+def settled(key: str) -> bool:
+    """Whether a file with this `stat_key` has been left alone for a while."""
+    _, modified, changed, _ = key.split(" ")
+    return time.time_ns() - max(int(modified), int(changed)) > SETTLED_NS
 
 
 class Index:
-    """Maps a path to (stat, manifest line)."""
+    """Knows the manifest line of each file that is as it was."""
 
     def __init__(self, path: str | None) -> None:
         self._path = path
-        self._known: dict[str, tuple[str, str]] = {}
+        self._known: dict[str, str] = {}
         if path:
-            with suppress(OSError, ValueError), open(path, encoding="ascii") as file:
-                for line in file:
-                    key, _, entry = line.rstrip("\n").partition("\t")
-                    self._known[entry[8 : entry.index(',"mode":')]] = (key, entry)
+            with suppress(OSError, ValueError):
+                self._known = _read(path)
 
-    def line(self, path: str, status: os.stat_result) -> str | None:
-        """The manifest line of a file that is as it was, or None."""
-        known = self._known.get(quote(path))
-        return known[1] if known and known[0] == stat_key(status) else None
+    def take(self, path: str, status: os.stat_result) -> str | None:
+        """The manifest line of a file that is as it was, or None. To be asked once for each."""
+        key, _, line = self._known.pop(quote(path), "").partition("\t")
+        return line if key == stat_key(status) else None
 
-    def write(self, lines: Iterable[tuple[os.stat_result, str]]) -> None:
-        """Replace the index. A disk that is full or read-only costs the next send some time, no more."""
+    def write(self, lines: Iterable[tuple[str, str]]) -> None:
+        """Replace the index by these `stat_key`s and manifest lines.
+
+        A disk that is full or read-only costs the next send some time, no more.
+        """
         if not self._path:
             return
         temporary = f"{self._path}.{os.getpid()}"
-        with suppress(OSError):
+        digest = hashlib.sha256()
+        try:
             os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
-            with open(temporary, "w", encoding="ascii") as file:
-                file.writelines(f"{stat_key(status)}\t{line}\n" for status, line in lines)
+            with open(temporary, "wb") as file:
+                for key, line in lines:
+                    data = f"{key}\t{line}\n".encode("ascii")
+                    digest.update(data)
+                    file.write(data)
+                file.write(digest.hexdigest().encode("ascii"))
             os.replace(temporary, self._path)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(temporary)
+
+
+def _read(path: str) -> dict[str, str]:
+    """Raises ValueError if it is damaged."""
+    known, digest, last = {}, hashlib.sha256(), b""
+    with open(path, "rb") as file:
+        for last in file:
+            if last.endswith(b"\n"):
+                digest.update(last)
+                line = last[:-1].decode("ascii")
+                start = line.index("\t") + 9  # past {"path":
+                known[line[start : line.index(',"mode":', start)]] = line
+    if last.decode("ascii") != digest.hexdigest():
+        raise ValueError(path)
+    return known

@@ -7,15 +7,16 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cloudrun.errors import Corrupt
 from cloudrun.formats import canonical, parse, seconds_of, timestamp
 
-FIELDS = {
-    "run": str,
-    "project": str,
-    "deadline": str,
-    "limits": dict,
-    "manifest": dict,
-    "argv": list,
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("run", "project", "backend", "created", "deadline"), str),
+    **dict.fromkeys(("limited_by", "if_client_lost"), str),
+    **dict.fromkeys(("argv", "outputs", "folders", "env", "agent", "origin"), list),
+    **dict.fromkeys(("manifest", "limits"), dict),
+    "seconds": (int, float),
+    "price": (int, float, type(None)),
 }
 
 
@@ -57,6 +58,11 @@ class Order:
     def content(self) -> bytes:
         return canonical(asdict(self))
 
+    @property
+    def ends_by(self) -> str:
+        """When the machine is gone at the latest: the provider's own limit."""
+        return timestamp(seconds_of(self.deadline) + self.limits["provider"])
+
     def left(self) -> float:
         """Seconds until the deadline, by this computer's clock."""
         return seconds_of(self.deadline) - time.time()
@@ -73,18 +79,19 @@ def read_order(data: bytes, name: str) -> Order:
     try:
         return Order(**value)
     except TypeError:
-        from cloudrun.errors import Corrupt
-
         raise Corrupt(f"{name} is damaged, or of another version of cloudrun") from None
 
 
 def deadline(
-    hours: float | None, cost: float | None, price: float | None, created: float
+    hours: float | None, cost: float | None, price: float | None, created: float, provider: float
 ) -> tuple[str, float, str]:
-    """(deadline, seconds, what set it): the earlier of the two limits."""
+    """(deadline, seconds, what set it): the earlier of the two limits.
+
+    The cost cap pays for the `provider` seconds as well, that a machine may live beyond its deadline.
+    """
     seconds, limited_by = (hours * 3600 if hours else float("inf")), "deadline"
     if cost is not None and price:
-        capped = cost / price * 3600
+        capped = max(cost / price * 3600 - provider, 0.0)
         if capped < seconds:
             seconds, limited_by = capped, "cost"
     seconds = min(seconds, 30 * 24 * 3600.0)  # what no limit bounds is bounded by a month

@@ -8,7 +8,7 @@ import select
 import stat
 from collections.abc import Callable
 
-from cloudrun.errors import CloudrunError, Missing
+from cloudrun.errors import Corrupt, Missing
 from cloudrun.formats import read_frames
 from cloudrun.report import Report
 from cloudrun.storage import Bucket
@@ -17,46 +17,50 @@ PIPE_PIECE = 4096  # select promises that so much can be written to a pipe witho
 WAIT_SECONDS = 0.1
 
 
-class OutputClosed(CloudrunError):
-    """Nobody reads our stdout any more, as in `cloudrun main.py | head -1`."""
-
-
 class Output:
-    """Prints an attempt's log chunks in order. `tick` is called while a slow reader makes us wait."""
+    """Prints an attempt's log chunks in order.
 
-    def __init__(self, bucket: Bucket, prefix: str, report: Report, tick: Callable[[], None]) -> None:
+    `tick` is called while a slow reader makes us wait; when it returns True the rest is dropped.
+    `closed`: nobody reads our stdout any more, as in `cloudrun main.py | head -1`.
+    """
+
+    def __init__(self, bucket: Bucket, prefix: str, report: Report, tick: Callable[[], bool]) -> None:
         self.printed = 0
         self.at_line_start = True
+        self.closed = False
         self._bucket, self._prefix, self._report, self._tick = bucket, prefix, report, tick
-        self._closed: set[int] = set()
+        self._lost: set[int] = set()
+        self._dropping = False
 
     def step(self) -> bool:
-        """Print the next chunk; False if it is not there yet. Raises OutputClosed."""
+        """Print the next chunk; False if it is not there yet."""
         name = f"{self._prefix}/{self.printed + 1:08d}"
-        if self._bucket.size(name) is None:
-            return False
         try:
             chunk = self._bucket.get(name)[0]
         except Missing:
             return False
         self.printed += 1
-        for _, stream, data in read_frames(chunk, name):
-            if stream == "note":
-                self._report.warn(bytes(data).decode("utf-8", "replace"))
-            else:
-                self._write(1 if stream == "out" else 2, data)
+        try:
+            for _, stream, data in read_frames(chunk, name):
+                if stream == "note":
+                    self._report.warn(bytes(data).decode("utf-8", "replace"))
+                else:
+                    self._write(1 if stream == "out" else 2, data)
+        except Corrupt as error:
+            self._report.warn(str(error))
         return True
 
     def _write(self, fd: int, data: memoryview) -> None:
-        if fd in self._closed or not data:
+        if fd in self._lost or self._dropping or not data:
             return
         self._report.clear()
         try:
             self._write_all(fd, data)
         except OSError as error:
-            self._closed.add(fd)
-            if error.errno == errno.EPIPE and fd == 1:
-                raise OutputClosed("nobody reads the output any more") from None
+            self._lost.add(fd)
+            self.closed = self.closed or (error.errno == errno.EPIPE and fd == 1)
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                self._report.warn(f"cannot print the output here: {error.strerror}; see cloudrun logs")
         self.at_line_start = data[-1] == 10
 
     def _write_all(self, fd: int, data: memoryview) -> None:
@@ -66,7 +70,12 @@ class Output:
                 data = data[os.write(fd, data) :]
                 continue
             _, ready, _ = select.select([], [fd], [], WAIT_SECONDS)
-            if ready:
-                data = data[os.write(fd, data[:PIPE_PIECE]) :]
-            else:
-                self._tick()
+            try:
+                if ready:
+                    data = data[os.write(fd, data[:PIPE_PIECE]) :]
+                    continue
+            except BlockingIOError:  # somebody else made it so, and filled it
+                pass
+            self._dropping = self._tick()
+            if self._dropping:
+                return

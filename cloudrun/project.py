@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from typing import Any, NamedTuple
 
 from cloudrun.errors import CloudrunError, UsageError
@@ -24,7 +25,9 @@ LEFT_OUT = {
     ),
     "secrets": (".env", ".env.*", "*.pem", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*"),
 }
-PULLED_BESIDE = re.compile(r".*\.[a-z0-9_-]+-\d{8}-\d{6}-[0-9a-f]{4}\Z", re.DOTALL)
+NAMES_LEFT_OUT = [(why, re.compile("|".join(map(translate, names)))) for why, names in LEFT_OUT.items()]
+PULLED_BESIDE = re.compile(r"\.[a-z0-9_-]+-\d{8}-\d{6}-[0-9a-f]{4}\Z")
+BESIDE = "stored beside by an earlier pull"
 CREDENTIALS = re.compile(
     rb'"type"\s*:\s*"(service_account|authorized_user|external_account)"|"client_secret"'
 )
@@ -63,18 +66,37 @@ def check_project(directory: str, script: str) -> str:
         raise UsageError(f"{script} is outside the project {directory}: cd to its project, or move it here")
     if not os.path.isfile(os.path.join(directory, path)):
         raise UsageError(f"there is no file {script} in {directory}")
+    real = os.path.realpath(os.path.join(directory, path))
+    if not real.startswith(os.path.realpath(directory) + "/"):
+        raise UsageError(f"{script} is a link that leaves the project: put {real} itself there")
     return path
 
 
 def scan(root: str) -> Scan:
     """Walk the project; paths are relative to root. Raises CloudrunError for what cannot be read."""
     result = Scan()
-    for entry in _sorted(root):
-        if entry.name in DATA and entry.is_dir():
-            _walk(entry.path, entry.name, result, _Data(entry.name == "data"), (os.stat(entry.path),))
-        else:
-            _visit(entry, entry.name, result, _Code(root), ())
+    stack = [_Folder("", os.stat(root), _Code(root), _entries(root), 0)]
+    while stack:  # a path of 4,096 bytes is deeper than Python can call itself
+        here = stack[-1]
+        if isinstance(here.rules, _Data):
+            _take_plain_files(here, result)
+        if here.entries:
+            inside = _visit(here.entries.pop(), stack, result)
+            if inside:
+                stack.append(inside)
+        elif stack.pop() and here.path and len(result.found) == here.before:
+            result.found.append(Found(here.path, here.status))
     return result
+
+
+class _Folder(NamedTuple):
+    """A directory on the way down; `entries` are still to be visited, `before` were found before it."""
+
+    path: str
+    status: os.stat_result
+    rules: _Data | _Code
+    entries: list[os.DirEntry[str]]
+    before: int
 
 
 class _Data:
@@ -84,7 +106,7 @@ class _Data:
         self.follow = follow
 
     def excludes(self, entry: os.DirEntry[str], path: str) -> str | None:
-        return "stored beside by an earlier pull" if PULLED_BESIDE.match(entry.name) else None
+        return BESIDE if PULLED_BESIDE.search(entry.name) else None
 
     def inside(self, folder: str, path: str) -> _Data:
         return self
@@ -97,18 +119,8 @@ class _Code:
         self.follow = False
         self._specs: list[tuple[str, str, Any]] = list(outer._specs) if outer else []
         for name in IGNORE_FILES:
-            try:
-                with open(os.path.join(folder, name), encoding="utf-8", errors="surrogateescape") as file:
-                    lines = file.read().splitlines()
-            except (FileNotFoundError, IsADirectoryError):
-                continue
-            except OSError as error:
-                raise CloudrunError(f"cannot read {path}{name}: {error.strerror}") from None
-            from pathspec import (
-                GitIgnoreSpec,
-            )  # a project without such a file does not pay for this
-
-            self._specs.append((path, name, GitIgnoreSpec.from_lines(lines)))
+            if os.path.isfile(os.path.join(folder, name)):
+                self._specs.append((path, name, _read_rules(os.path.join(folder, name), path + name)))
 
     def inside(self, folder: str, path: str) -> _Code:
         return _Code(folder, path + "/", self)
@@ -123,12 +135,24 @@ class _Code:
         return why
 
 
+def _read_rules(file: str, path: str) -> Any:
+    from pathspec import GitIgnoreSpec  # a project without such a file does not pay for this
+
+    try:
+        with open(file, encoding="utf-8-sig", errors="surrogateescape") as text:
+            return GitIgnoreSpec.from_lines(text.read().split("\n"))
+    except OSError as error:
+        raise CloudrunError(f"cannot read {shown(path)}: {error.strerror}; make it readable") from None
+    except (ValueError, re.error) as error:
+        raise CloudrunError(f"{shown(path)}: {error}; correct that line") from None
+
+
 def _by_default(entry: os.DirEntry[str]) -> str | None:
-    for why, patterns in LEFT_OUT.items():
-        if any(fnmatchcase(entry.name, pattern) for pattern in patterns):
+    for why, names in NAMES_LEFT_OUT:
+        if names.match(entry.name):
             return why
-    if PULLED_BESIDE.match(entry.name):
-        return "stored beside by an earlier pull"
+    if PULLED_BESIDE.search(entry.name):
+        return BESIDE
     if entry.is_dir(follow_symlinks=False):
         return "virtual environments" if os.path.exists(os.path.join(entry.path, "pyvenv.cfg")) else None
     if entry.name.startswith("id_") and "." not in entry.name:
@@ -142,62 +166,73 @@ def _by_default(entry: os.DirEntry[str]) -> str | None:
     return None
 
 
-def _sorted(folder: str) -> list[os.DirEntry[str]]:
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """To be taken from the end, in the order of their names."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
+            return sorted(entries, key=lambda entry: entry.name, reverse=True)
     except OSError as error:
-        raise CloudrunError(
-            f"cannot read the directory {shown(folder)}: {error.strerror}; "
-            "make it readable, or leave it out in .cloudrunignore"
-        ) from None
+        raise _unreadable(folder, error) from None
 
 
-def _walk(
-    folder: str, path: str, result: Scan, rules: _Data | _Code, above: tuple[os.stat_result, ...]
-) -> None:
-    before = len(result.found)
-    for entry in _sorted(folder):
-        _visit(entry, f"{path}/{entry.name}", result, rules, above)
-    if len(result.found) == before:
-        result.found.append(Found(path, os.stat(folder)))
+def _unreadable(path: str, error: OSError) -> CloudrunError:
+    return CloudrunError(
+        f"cannot read {shown(path)}: {error.strerror}; make it readable, or move it out of the project"
+    )
 
 
-def _visit(
-    entry: os.DirEntry[str],
-    path: str,
-    result: Scan,
-    rules: _Data | _Code,
-    above: tuple[os.stat_result, ...],
-) -> None:
-    why = rules.excludes(entry, path)
-    if why:
-        result.skip(why, path)
-        return
+def _take_plain_files(here: _Folder, result: Scan) -> None:
+    """The common case of `_visit` in one loop: of 100,000 files each pays for every call."""
+    entries, found, folder = here.entries, result.found, here.path + "/"
+    while (
+        entries and entries[-1].is_file(follow_symlinks=False) and not PULLED_BESIDE.search(entries[-1].name)
+    ):
+        entry = entries.pop()
+        try:
+            found.append(Found(folder + entry.name, entry.stat(follow_symlinks=False)))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise _unreadable(folder + entry.name, error) from None
+
+
+def _visit(entry: os.DirEntry[str], stack: list[_Folder], result: Scan) -> _Folder | None:
+    """Note what this is. A directory comes back, to be walked next."""
+    here, link = stack[-1], entry.is_symlink()
+    path = f"{here.path}/{entry.name}" if here.path else entry.name
     try:
-        link = entry.is_symlink()
-        if link and not rules.follow:
+        if not here.path and entry.name in DATA and entry.is_dir():
+            rules: _Data | _Code = _Data(entry.name == "data")
+            return _Folder(path, entry.stat(), rules, _entries(entry.path), len(result.found))
+        why = here.rules.excludes(entry, path)
+        if why:
+            result.skip(why, path)
+        elif link and not here.rules.follow:
             _visit_link(entry, path, result)
-            return
-        status = entry.stat()
+        else:
+            return _visit_target(entry, path, stack, result)
     except FileNotFoundError:
         if link:
             result.skip("dangling links", path)
-        return
     except OSError as error:
-        if not link:
-            raise CloudrunError(f"cannot read {path}: {error.strerror}") from None
+        if not link or error.errno != errno.ELOOP:
+            raise _unreadable(path, error) from None
         result.skip("link loops", path)
-        return
+    return None
+
+
+def _visit_target(entry: os.DirEntry[str], path: str, stack: list[_Folder], result: Scan) -> _Folder | None:
+    status, rules = entry.stat(), stack[-1].rules
     if stat.S_ISREG(status.st_mode):
         result.found.append(Found(path, status))
-    elif stat.S_ISDIR(status.st_mode):
-        if link and any(os.path.samestat(status, folder) for folder in above):
-            result.skip("link loops", path)
-        else:
-            _walk(entry.path, path, result, rules.inside(entry.path, path), (*above, status))
-    else:
+    elif not stat.S_ISDIR(status.st_mode):
         result.skip("sockets, pipes and devices", path)
+    elif entry.is_symlink() and any(os.path.samestat(status, above.status) for above in stack):
+        result.skip("link loops", path)
+    else:
+        inside = rules.inside(entry.path, path)
+        return _Folder(path, status, inside, _entries(entry.path), len(result.found))
+    return None
 
 
 def _visit_link(entry: os.DirEntry[str], path: str, result: Scan) -> None:
@@ -207,7 +242,7 @@ def _visit_link(entry: os.DirEntry[str], path: str, result: Scan) -> None:
     except ValueError:
         result.skip("links that leave the project", path)
         return
-    result.found.append(Found(path, os.lstat(entry.path), target))
+    result.found.append(Found(path, entry.stat(follow_symlinks=False), target))
 
 
 def summary(left_out: dict[str, list[str]]) -> str:
@@ -224,8 +259,8 @@ def returned(outputs: tuple[str, ...]) -> list[str]:
     folders = list(RETURNED)
     for output in outputs:
         path = os.path.normpath(output)
-        if path.startswith(("/", "..")) or path == "." or path in DATA[:1] or path.startswith("data/"):
+        if path.startswith(("/", "../", "data/")) or path in (".", "..", "data"):
             raise UsageError(f"--output {output}: not a directory inside the project that can come back")
-        if not any(path == folder or path.startswith(folder + "/") for folder in folders):
-            folders.append(path)
+        if not any(f"{path}/".startswith(f"{folder}/") for folder in folders):
+            folders = [folder for folder in folders if not folder.startswith(f"{path}/")] + [path]
     return folders

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii as quote
 
-from cloudrun.errors import CloudrunError, Corrupt, Missing
-from cloudrun.formats import Entry, parse, read_entry
+from cloudrun.errors import CloudrunError, Corrupt
+from cloudrun.formats import Entry, parse, read_entry, shown
 from cloudrun.order import Order
 from cloudrun.project import DATA
 from cloudrun.report import Report
 from cloudrun.storage import Bucket
 
-TEMPORARY = ".cloudrun-pull"
+MAX_OUTPUTS = 256 << 20  # bytes of outputs.json, which comes from a machine that is not ours
+NOT_A_FILE = ""
 
 
 @dataclass
@@ -32,130 +33,166 @@ class Pulled:
 def outputs(bucket: Bucket, order: Order) -> list[Entry]:
     """The run's last complete set. Raises Corrupt."""
     name = order.prefix + "/outputs.json"
-    try:
-        data, _ = bucket.get(name)
-    except Missing:
+    size = bucket.size(name)
+    if size is None:
         return []
-    entries = [read_entry(value, name, with_parts=False) for value in parse(data, name, files=list)["files"]]
+    if size > MAX_OUTPUTS:
+        raise Corrupt(f"{name} is damaged: it has {size} bytes")
+    values = parse(bucket.get(name)[0], name, files=list)["files"]
+    entries = [read_entry(value, name, with_parts=False) for value in values]
     for entry in entries:
-        if not any(entry.path == top or entry.path.startswith(top + "/") for top in order.outputs):
-            raise Corrupt(f"{name} is damaged: {entry.path} is not below {', '.join(order.outputs)}")
+        if entry.link or not any(f"{entry.path}/".startswith(f"{top}/") for top in order.outputs):
+            raise Corrupt(
+                f"{name} is damaged: {shown(entry.path)} is no file below {', '.join(order.outputs)}"
+            )
     return entries
 
 
 def pull(bucket: Bucket, order: Order, root: str, report: Report) -> Pulled:
     """Put the outputs into the project at `root`. Raises CloudrunError; what was fetched until then stays."""
     entries = outputs(bucket, order)
-    wanted, total = Pulled(), sum(entry.size for entry in entries)
     sent = _sent(bucket, order, {entry.path for entry in entries}) if entries else {}
+    work, total = _Pull(bucket, order, root, sent), sum(entry.size for entry in entries)
     for number, entry in enumerate(entries):
-        report.progress("fetching", number, len(entries), wanted.bytes, total)
-        _pull_one(bucket, order, root, entry, sent.get(entry.path), wanted)
-    return wanted
+        report.progress("fetching", number, len(entries), work.pulled.bytes, total)
+        work.one(entry)
+    return work.pulled
 
 
-def _pull_one(
-    bucket: Bucket, order: Order, root: str, entry: Entry, sent: str | None, wanted: Pulled
-) -> None:
-    parent, name = _local_parent(root, entry)
-    path = os.path.join(parent, name)
-    if not entry.sha256:
-        if not os.path.isdir(path):
-            _make(path)
-            wanted.fetched.append(entry.path)
-        return
-    local = _local_sha256(path)
-    if local == entry.sha256:
-        with suppress(OSError):
-            os.chmod(path, entry.mode)
-        wanted.unchanged += 1
-        return
-    ours = local is None or local == sent or bucket.size(f"{order.prefix}/saved/{local}") is not None
-    if not ours:
-        path = os.path.join(parent, _beside(name, order.run))
-        if _local_sha256(path) == entry.sha256:
-            wanted.unchanged += 1
+class _Pull:
+    """One pull into the project at `root`; `sent` has the sha256 of what the run sent."""
+
+    def __init__(self, bucket: Bucket, order: Order, root: str, sent: dict[str, str]) -> None:
+        self.pulled = Pulled()
+        self._bucket, self._root, self._run, self._sent = bucket, root, order.run, sent
+        self._saved = order.prefix + "/saved/"
+        self._ready = {""}  # directories that are there and inside the project
+
+    def one(self, entry: Entry) -> None:
+        folder, slash, name = entry.path.rpartition("/")
+        if not entry.sha256:
+            if not os.path.isdir(self._local(entry.path)):
+                self._make(entry.path)
+                self.pulled.fetched.append(entry.path)
             return
-    _fetch(bucket, f"{order.prefix}/saved/{entry.sha256}", entry, path)
-    wanted.bytes += entry.size
-    (wanted.fetched if ours else wanted.beside).append(os.path.relpath(path, root))
+        self._make(folder)
+        path, ours, local = entry.path, True, _local_sha256(self._local(entry.path))
+        while not (local is None or local == entry.sha256 or self._is_ours(path, local)):
+            name, ours = _beside(name, self._run), False
+            path = folder + slash + name
+            local = _local_sha256(self._local(path))
+        if local == entry.sha256:
+            if ours:
+                with suppress(OSError):
+                    os.chmod(self._local(path), entry.mode)
+            self.pulled.unchanged += 1
+            return
+        self._fetch(entry, path)
+        self.pulled.bytes += entry.size
+        (self.pulled.fetched if ours else self.pulled.beside).append(path)
 
+    def _local(self, path: str) -> str:
+        return os.path.join(self._root, path)
 
-def _local_parent(root: str, entry: Entry) -> tuple[str, str]:
-    """Where the file goes, as a directory without links below the project, model/ or checkpoint/."""
-    folder, _, name = entry.path.rpartition("/")
-    top = folder.split("/")[0]
-    base = os.path.realpath(os.path.join(root, top)) if top in DATA else os.path.realpath(root)
-    parent = os.path.join(root, folder)
-    _make(parent)
-    real = os.path.realpath(parent)
-    if real != base and not real.startswith(base.rstrip("/") + "/"):
-        raise CloudrunError(f"{folder} is a link that leaves the project; {entry.path} was not fetched")
-    return parent, name
+    def _is_ours(self, path: str, local: str) -> bool:
+        """What this run sent as this file, or saved: then nothing is lost when it is replaced."""
+        known = local != NOT_A_FILE and local == self._sent.get(path)
+        return known or (local != NOT_A_FILE and self._bucket.size(self._saved + local) is not None)
 
+    def _make(self, folder: str) -> None:
+        """Make a directory, never through a link that leaves the project, model/ or checkpoint/."""
+        missing = []
+        while folder not in self._ready:
+            missing.append(folder)
+            folder = folder.rpartition("/")[0]
+        for folder in reversed(missing):
+            try:
+                self._make_one(folder, self._local(folder))
+            except OSError as error:
+                raise CloudrunError(
+                    f"cannot make the directory {shown(folder)}: {error.strerror}; "
+                    "move what is in its way and run `cloudrun pull`"
+                ) from None
+            self._ready.add(folder)
 
-def _make(folder: str) -> None:
-    try:
-        os.makedirs(folder or ".", exist_ok=True)
-    except OSError as error:
-        raise CloudrunError(f"cannot make the directory {folder}: {error.strerror}") from None
+    def _make_one(self, folder: str, path: str) -> None:
+        if not os.path.isdir(path):
+            os.mkdir(path)
+        if not os.path.islink(path) or folder in DATA:
+            return
+        top, real = folder.split("/")[0], os.path.realpath(path, strict=True)
+        base = os.path.realpath(self._local(top) if top in DATA else self._root)
+        if not f"{real}/".startswith(base.rstrip("/") + "/"):
+            raise CloudrunError(
+                f"{shown(folder)} is a link that leaves the project, and nothing was fetched through it; "
+                "make it a directory and run `cloudrun pull`"
+            )
+
+    def _fetch(self, entry: Entry, path: str) -> None:
+        parent, source = os.path.dirname(self._local(path)), self._saved + entry.sha256
+        # a name that is never sent up, should we be killed
+        temporary = os.path.join(parent, f".cloudrun-pull-{os.getpid()}.{self._run}")
+        digest, size = hashlib.sha256(), 0
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            with open(os.open(temporary, flags, 0o600), "wb", buffering=0) as file:
+                for piece in self._bucket.chunks(source):
+                    digest.update(piece)
+                    size += len(piece)
+                    if size > entry.size:
+                        break
+                    view = memoryview(piece)
+                    while view:
+                        view = view[file.write(view) :]
+                if size != entry.size or digest.hexdigest() != entry.sha256:
+                    raise Corrupt(f"{source} is damaged in the bucket; {shown(path)} was not fetched")
+                os.fchmod(file.fileno(), entry.mode)
+                os.fsync(file.fileno())
+            os.replace(temporary, self._local(path))
+        except OSError as error:
+            raise CloudrunError(
+                f"cannot write {shown(path)}: {error.strerror}; repair that and run `cloudrun pull`"
+            ) from None
+        finally:
+            with suppress(OSError):
+                os.unlink(temporary)
 
 
 def _local_sha256(path: str) -> str | None:
-    """None if there is nothing; an impossible value for what is not a regular file."""
-    if os.path.islink(path) or (os.path.lexists(path) and not os.path.isfile(path)):
-        return "not a file"
+    """None if there is nothing; NOT_A_FILE for what is no regular file that we can read."""
     digest = hashlib.sha256()
     try:
+        if not os.path.lexists(path):
+            return None
+        if os.path.islink(path) or not os.path.isfile(path):
+            return NOT_A_FILE
         with open(path, "rb", buffering=0) as file:
             for piece in iter(lambda: file.read(1 << 20), b""):
                 digest.update(piece)
-    except FileNotFoundError:
-        return None
     except OSError:
-        return "not readable"
+        return NOT_A_FILE
     return digest.hexdigest()
 
 
-def _fetch(bucket: Bucket, source: str, entry: Entry, path: str) -> None:
-    temporary = os.path.join(os.path.dirname(path), f"{TEMPORARY}-{os.getpid()}")
-    digest, size = hashlib.sha256(), 0
-    try:
-        with open(temporary, "wb", buffering=0) as file:
-            for piece in bucket.chunks(source):
-                digest.update(piece)
-                size += len(piece)
-                view = memoryview(piece)
-                while view:
-                    view = view[file.write(view) :]
-            if digest.hexdigest() != entry.sha256 or size != entry.size:
-                raise Corrupt(f"{source} is damaged in the bucket; {entry.path} was not fetched")
-            os.fchmod(file.fileno(), entry.mode)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CloudrunError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        with suppress(OSError):
-            os.unlink(temporary)
-
-
 def _beside(name: str, run: str) -> str:
-    suffix = "." + run
-    return os.fsdecode(os.fsencode(name)[: 255 - len(suffix)]) + suffix
+    raw, suffix = os.fsencode(name), "." + run
+    if len(raw) + len(suffix) > 255:  # what is cut off must not make two names one
+        suffix = "." + hashlib.sha256(raw).hexdigest()[:8] + suffix
+        raw = raw[: 255 - len(suffix)]
+    return os.fsdecode(raw) + suffix
 
 
 def _sent(bucket: Bucket, order: Order, wanted: set[str]) -> dict[str, str]:
     """path → sha256 of what this run sent, for the wanted paths."""
     name = order.prefix + "/manifest.jsonl"
-    found = {}
+    keys = {quote(path).encode("ascii") for path in wanted}
+    found: dict[str, str] = {}
     for line in _lines(bucket, name):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            raise Corrupt(f"{name} is damaged") from None
-        if value.get("path") in wanted and "sha256" in value:
-            found[value["path"]] = value["sha256"]
+        if line[8 : line.find(b',"mode":')] in keys:  # past {"path": as entry_line writes it
+            value = parse(line, name)
+            found[value["path"]] = value.get("sha256", "")
     return found
 
 

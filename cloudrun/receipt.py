@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from dataclasses import dataclass
 from typing import Any
 
-from cloudrun.errors import FAILED, LIMIT, UNKNOWN
-from cloudrun.formats import parse
+from cloudrun.errors import FAILED, LIMIT, UNKNOWN, Corrupt
+from cloudrun.formats import parse, shown
 from cloudrun.storage import Bucket
 
 FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -43,7 +44,10 @@ def read_receipt(bucket: Bucket, prefix: str) -> dict[str, Any] | None:
     name = prefix + "/receipt.json"
     if bucket.size(name) is None:
         return None
-    return parse(bucket.get(name)[0], name, **FIELDS)
+    receipt = parse(bucket.get(name)[0], name, **FIELDS)
+    if receipt["status"] is not None and not 0 <= receipt["status"] <= 255:
+        raise Corrupt(f"{name} is damaged: {receipt['status']} is no exit status")
+    return receipt
 
 
 def outcome_of(receipt: dict[str, Any]) -> Outcome:
@@ -79,14 +83,19 @@ def billed_outcome(bill: dict[str, Any]) -> Outcome:
 
 def user_code(by: str) -> int:
     """The exit code of a run that the user ended with this signal, or with `cloudrun stop`."""
-    return 128 + getattr(signal, by, signal.SIGINT)
+    return 128 + _number(by, signal.SIGINT)
+
+
+def _number(name: str, default: int) -> int:
+    """The signal of this name, which comes from a machine and may be anything."""
+    if re.fullmatch("SIG[1-9][0-9]", name):  # a real-time signal has no name
+        return int(name[3:])
+    return signal.Signals.__members__.get(name, default)
 
 
 def _exit_of(receipt: dict[str, Any]) -> tuple[int, str]:
-    if receipt["signal"]:
-        number = getattr(signal, receipt["signal"], None)
-        text = receipt["signal"].removeprefix("SIG")
-        return 128 + (number or int(text) if number or text.isdigit() else 0), receipt["signal"]
-    if receipt["status"] is None:
-        return UNKNOWN, "not started"
-    return receipt["status"], f"exit {receipt['status']}"
+    status, name = receipt["status"], receipt["signal"]
+    if name:
+        number = _number(name, 0)
+        return (128 + number, name) if number else (UNKNOWN, f"signal {shown(name)}")
+    return (UNKNOWN, "not started") if status is None else (status, f"exit {status}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
+import select
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 
 REDRAW_SECONDS = 0.1
+PATIENCE_SECONDS = 1.0  # for somebody to read what we say; then it is lost
 BAR = 20
 
 
@@ -29,19 +30,15 @@ def human_seconds(seconds: float) -> str:
 
 
 def human_money(cost: float | None) -> str:
-    return (
-        "cost unknown"
-        if cost is None
-        else f"{cost:.2f} USD"
-        if cost >= 0.01 or cost == 0
-        else f"{cost:.4f} USD"
-    )
+    if cost is None:
+        return "cost unknown"
+    return f"{cost:.2f} USD" if cost >= 0.01 or cost == 0 else f"{cost:.4f} USD"
 
 
 class Report:
     """`stage` names what happens next, for those who watch the story; the rest is for the user.
 
-    quiet 1: only what is wrong. verbose: also what is usually of no interest.
+    quiet: only what is wrong. verbose: also what is usually of no interest.
     """
 
     def __init__(self, *, quiet: bool, verbose: bool, environ: Mapping[str, str], fd: int = 2) -> None:
@@ -98,8 +95,10 @@ class Report:
         return self._terminal and not self._quiet and time.monotonic() - self._drawn_at > REDRAW_SECONDS
 
     def _draw(self, text: str) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        self._write("\r" + f"cloudrun: {text}"[:width] + "\x1b[K")
+        width = 80
+        with suppress(OSError):
+            width = os.get_terminal_size(self._fd).columns or width
+        self._write("\r" + f"cloudrun: {text}"[: width - 1] + "\x1b[K")
         self._drawn, self._drawn_at = True, time.monotonic()
 
     def _line(self, text: str, colour: str = "") -> None:
@@ -109,5 +108,7 @@ class Report:
             self._write(f"\x1b[{colour}m{line}\x1b[0m\n" if colour and self._colour else line + "\n")
 
     def _write(self, text: str) -> None:
-        with suppress(OSError):  # a closed terminal is no reason to stop anything
-            os.write(self._fd, text.encode("utf-8", "backslashreplace"))
+        data = text.encode("utf-8", "backslashreplace")
+        with suppress(OSError):  # a closed terminal is no reason to stop anything, nor is one that hangs
+            while data and select.select([], [self._fd], [], PATIENCE_SECONDS)[1]:
+                data = data[os.write(self._fd, data[:4096]) :]

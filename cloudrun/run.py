@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from cloudrun.backends import Backend, Boot, Offer
-from cloudrun.bill import Ended, close, see_ended
-from cloudrun.errors import CloudrunError, Conflict, Interrupted
-from cloudrun.follow import Seen, follow
-from cloudrun.formats import canonical, seconds_of, timestamp
+from cloudrun.bill import Ended, as_claimed, close, see_ended
+from cloudrun.errors import BucketError, CloudrunError, Conflict, Interrupted
+from cloudrun.follow import Seen, conclude, follow, requested_end
+from cloudrun.formats import canonical, timestamp
 from cloudrun.order import Order
-from cloudrun.receipt import Outcome, billed_outcome, outcome_of, read_receipt
+from cloudrun.receipt import Outcome
 from cloudrun.report import Report
-from cloudrun.runs import attempt_object, last_attempt, read_bill
+from cloudrun.runs import last_attempt, read_bill
 from cloudrun.signals import Signals
 from cloudrun.storage import Bucket
 
@@ -41,96 +41,111 @@ class Lease:
 
     name: str
     grace: float | None = 0.0
+    created: float | None = None
     ended: Ended | None = None
 
 
-def execute(client: Client, order: Order, offer: Offer, *, detach: bool = False) -> Outcome | None:
+def execute(
+    client: Client, order: Order, offer: Offer, attempt: int = 1, *, mine: bool = True, detach: bool = False
+) -> Outcome | None:
     """Rent, follow and end machines until the run has an outcome; None if it goes on without us.
 
-    Raises StillRunning if a machine could not be seen ended; Interrupted if the user ended the run
-    before main.py was started. Either way nothing is left running that this client could end.
+    mine: the run is this client's own, so that its signals end it and its output is shown. Raises
+    StillRunning if a machine could not be seen ended; Interrupted if the user ended the run before it
+    was followed. Either way nothing is left running that this client could end.
     """
     ends: list[Ended] = []
-    attempt = last_attempt(client.bucket, order) + 1
     while claim(client, order, attempt, offer):
+        machine = Lease(instance_name(order.run, attempt))
         try:
-            with lease(client, order, attempt, offer) as machine:
-                seen = follow(client, order, attempt, detach=detach)
+            with lease(client, order, attempt, offer, machine):
+                machine.grace = 0.0 if mine else None
+                seen = follow(client, order, attempt, mine=mine, show=mine and not detach, detach=detach)
                 machine.grace = seen.grace
-        except Interrupted as error:
-            ends.extend(filter(None, [machine.ended]))
-            close(client.bucket, order, ends, "stopped", error.exit_code)
+        except (CloudrunError, Interrupted) as error:
+            if machine.ended:
+                reason = "failed" if isinstance(error, CloudrunError) else "stopped" if mine else "preempted"
+                settle(client, order, [*ends, machine.ended], Outcome(reason, error.exit_code, str(error)))
             raise
         if machine.ended is None:
             return None
         ends.append(machine.ended)
-        outcome = seen.outcome(order, machine.ended)
+        outcome = conclude(client.bucket, order, seen)
         if outcome.reason != "preempted" or not may_continue(client, order, offer):
-            client.report.stage("bill")
-            close(client.bucket, order, ends, outcome.reason, outcome.exit_code)
-            return outcome
+            return settle(client, order, ends, outcome)
         client.report.say("the machine was taken away; going on with another one, from the last save")
         attempt += 1
-    return see_through(client, order)
+    return see_through(client, order, mine=mine)
 
 
-def see_through(client: Client, order: Order) -> Outcome:
-    """Be there when a run that another client started ends: see its machine ended, close its bill.
+def see_through(client: Client, order: Order, *, mine: bool = False) -> Outcome:
+    """Be there when a run that another client has in its hands ends: see its machine ended, close its bill.
 
-    The output is not printed, and a signal to us is none to the run. A run whose machine was taken
-    away is continued from here.
+    A run whose machine was taken away is continued from here. Unless it is `mine`, its output is not
+    printed, and a signal to us is none to the run.
     """
     while True:
-        attempt = last_attempt(client.bucket, order)
-        bill, receipt = read_bill(client.bucket, order), read_receipt(client.bucket, order.prefix)
+        attempt, bill = last_attempt(client.bucket, order), read_bill(client.bucket, order)
         if bill:
-            return outcome_of(receipt) if receipt else billed_outcome(bill)
-        seen = follow(client, order, attempt, mine=False)
-        outcome, ended = end_of(client, order, attempt, seen.grace or 0, seen)
-        offer = client.backend.offers()[0]
+            return conclude(client.bucket, order, Seen("gone"), bill)
+        seen = follow(client, order, attempt, mine=mine, show=mine)
+        ended = end_of(client, order, attempt, grace=seen.grace or 0.0)
+        if last_attempt(client.bucket, order) > attempt:
+            continue
+        outcome = conclude(client.bucket, order, seen)
+        offer = best_offer(client.backend)
         if outcome.reason == "preempted" and may_continue(client, order, offer):
-            continued = execute(client, order, offer)
+            client.signals.rearm()
+            continued = execute(client, order, offer, attempt + 1, mine=mine)
             assert continued
             return continued
-        if last_attempt(client.bucket, order) == attempt:
-            close(client.bucket, order, [ended], outcome.reason, outcome.exit_code)
-            return outcome
-
-
-def end_of(client: Client, order: Order, attempt: int, grace: float, seen: Seen) -> tuple[Outcome, Ended]:
-    """The machine of somebody else's attempt, seen ended, and what that means."""
-    name, limit = instance_name(order.run, attempt), order.limits["stop"]
-    ended = see_ended(client.backend, name, grace=grace, limit=limit, layer="client")
-    if ended.started is None:
-        made = attempt_object(client.bucket, order, attempt, "claim") or {}
-        ended = replace(ended, started=seconds_of(made["time"]) if "time" in made else None)
-    return seen.outcome(order, ended), ended
+        settle(client, order, [ended] if attempt else [], outcome)
+        client.signals.rearm()
+        return outcome
 
 
 @contextmanager
-def lease(client: Client, order: Order, attempt: int, offer: Offer) -> Iterator[Lease]:
+def lease(client: Client, order: Order, attempt: int, offer: Offer, machine: Lease) -> Iterator[None]:
     """A machine for one attempt, seen ended when this is left, whatever happens inside.
 
     The shape matters: create is inside both `try`s, because a create call that raised may have started
     a machine; and from `hold` on no signal can skip the stop.
     """
-    machine = Lease(instance_name(order.run, attempt))
     try:
         try:
             client.report.stage("create")
             client.backend.create(machine.name, offer, boot_of(client.bucket, order, attempt, machine.name))
+            machine.created = time.time()
             client.report.stage("created")
-            yield machine
+            yield
         finally:
             client.signals.hold()
+            client.report.stage("stop")
     finally:
         if machine.grace is not None:
-            client.report.stage("stop")
-            limit = order.limits["stop"]
-            machine.ended = see_ended(
-                client.backend, machine.name, grace=machine.grace, limit=limit, layer="lease"
-            )
+            limit, grace = order.limits["stop"], machine.grace
+            ended = see_ended(client.backend, machine.name, grace=grace, limit=limit, layer="lease")
+            machine.ended = replace(ended, started=ended.started or machine.created)
         client.signals.rearm()
+
+
+def settle(client: Client, order: Order, ends: list[Ended], outcome: Outcome) -> Outcome:
+    """Close the bill; `ends` are the last machines. A bucket that refuses it does not change the outcome."""
+    client.report.stage("bill")
+    try:
+        others = range(1, last_attempt(client.bucket, order) - len(ends) + 1)
+        earlier = [end_of(client, order, attempt, grace=0.0) for attempt in others]
+        close(client.bucket, order, earlier + ends, outcome.reason, outcome.exit_code)
+    except BucketError as error:
+        client.report.warn(f"the machine is ended, but the bill could not be closed: {error}")
+    return outcome
+
+
+def end_of(client: Client, order: Order, attempt: int, *, grace: float) -> Ended:
+    """The machine of an attempt that may be somebody else's, seen ended. Raises StillRunning."""
+    name, limit = instance_name(order.run, attempt), order.limits["stop"]
+    ended = see_ended(client.backend, name, grace=grace, limit=limit, layer="sweep")
+    return as_claimed(client.bucket, order, attempt, ended)
 
 
 def claim(client: Client, order: Order, attempt: int, offer: Offer) -> bool:
@@ -163,16 +178,29 @@ def boot_of(bucket: Bucket, order: Order, attempt: int, name: str) -> Boot:
         "prefix": order.prefix,
         "agent": order.agent,
         "order": [order.prefix + "/order.json", hashlib.sha256(order.content()).hexdigest()],
-        "left": order.left(),
+        "left": min(order.left(), order.seconds),  # a clock that was set back lengthens nothing
         "agent_gone": order.limits["agent_gone"],
         "agent_silence": order.limits["agent_silence"],
     }
     return Boot(order.run, attempt, order.deadline, payload)
 
 
+def best_offer(backend: Backend) -> Offer:
+    """Raises CloudrunError."""
+    offers = backend.offers()
+    if not offers:
+        raise CloudrunError(f"{backend.name} has no such machine now; try again later or ask for another one")
+    return offers[0]
+
+
 def may_continue(client: Client, order: Order, offer: Offer) -> bool:
-    """Whether another machine makes sense: no signal came, and more than its boot and the reserve is left."""
-    return not client.signals.received and order.left() > least_seconds(order, offer)
+    """Whether another machine makes sense: nobody wants the end, and more than boot and reserve is left."""
+    if client.signals.received or order.left() <= least_seconds(order, offer):
+        return False
+    try:
+        return requested_end(client.bucket, order.prefix)[0] == 0
+    except BucketError:
+        return False
 
 
 def least_seconds(order: Order, offer: Offer) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from itertools import groupby
 from typing import Any
 
 from cloudrun.errors import Corrupt, Missing, UsageError
@@ -54,17 +56,23 @@ def _all(bucket: Bucket, project: str) -> list[tuple[str, str]]:
 
 
 def _latest(bucket: Bucket, project: str, origin: list[str]) -> Order:
+    found: list[Order] = []
     runs = bucket.dirs(f"{project}/runs/")
-    for run in sorted(runs, key=lambda run: run.rsplit("-", 3)[1:], reverse=True):
-        try:
-            order = load(bucket, project, run)
-        except (Missing, Corrupt):
-            continue
-        if order.origin == origin:
-            return order
+    for second, named in groupby(sorted(runs, key=_second, reverse=True), _second):
+        for run in named if second else ():
+            with suppress(Missing, Corrupt):
+                found.append(load(bucket, project, run))
+        found = [order for order in found if order.origin == origin]
+        if found:
+            return max(found, key=lambda order: order.created)
     raise UsageError(
         "no run was started from this directory; `cloudrun ps` shows the open ones, give a run id"
     )
+
+
+def _second(run: str) -> list[str]:
+    """When a run was named; the rest of a name says nothing about which was first."""
+    return run.rsplit("-", 3)[1:3]
 
 
 def last_attempt(bucket: Bucket, order: Order) -> int:
@@ -74,13 +82,11 @@ def last_attempt(bucket: Bucket, order: Order) -> int:
 
 
 def attempt_object(bucket: Bucket, order: Order, attempt: int, what: str) -> dict[str, Any] | None:
-    """claim.json, agent.json, state.json or end.json of an attempt; None where there is none."""
+    """claim.json, agent.json, state.json or end.json of an attempt; None where there is none to read."""
     name = f"{order.prefix}/attempts/{attempt}/{what}.json"
-    if bucket.size(name) is None:
-        return None
     try:
         return parse(bucket.get(name)[0], name)
-    except Missing:
+    except (Missing, Corrupt):
         return None
 
 
@@ -95,7 +101,9 @@ def record(bucket: Bucket, order: Order) -> dict[str, Any]:
     """The one documented JSON object about a run, for `ps`, `wait` and `--json`."""
     attempt = last_attempt(bucket, order)
     state = attempt_object(bucket, order, attempt, "state") or {}
-    receipt, bill = read_receipt(bucket, order.prefix), read_bill(bucket, order)
+    bill, receipt = read_bill(bucket, order), None
+    with suppress(Corrupt):
+        receipt = read_receipt(bucket, order.prefix)
     outcome = outcome_of(receipt) if receipt else None
     ended = (bill or {}).get("exit_code")
     return {

@@ -6,7 +6,9 @@ import hashlib
 import os
 import queue
 import re
+import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,9 +22,11 @@ SMALL = 4 << 20  # bytes; smaller files share a blob
 PACK = 16 << 20  # bytes in such a blob
 PIECE = 1 << 20
 TRIES = 3  # for a file that changes while it is read
+FRESH_NS = 100_000_000  # one write sets the times when it begins: in so long it has ended
 BLOB = re.compile(r'\["([0-9a-f]{64})",')
 
 Progress = Callable[[int, int], None]  # files and bytes done since the last call
+_Member = tuple[int, Entry, str, bytes]  # of a pack: place in the plan, what it is, its stat, its content
 
 
 @dataclass
@@ -55,140 +59,130 @@ def plan(found: list[Found], index: Index, bucket: Bucket, project: str) -> Plan
     lines = [_known_line(item, index) for item in found]
     blobs = {blob for line in lines if line for blob in BLOB.findall(line)}
     lost = {blob for blob in blobs if bucket.size(f"{project}/blobs/{blob}") is None}
-    if lost:
-        lines = [None if line and lost.intersection(BLOB.findall(line)) else line for line in lines]
     result = Plan(found, lines)
-    for item, line in zip(found, lines, strict=True):
-        if _is_file(item):
-            result.files += 1
-            result.size += item.status.st_size
+    for number, (item, line) in enumerate(zip(found, lines, strict=True)):
+        if lost and line and lost.intersection(BLOB.findall(line)):
+            lines[number] = line = None
+        if line is None or '"sha256"' in line:
+            size = item.status.st_size
+            result.files, result.size = result.files + 1, result.size + size
             if line is None:
-                result.new_files += 1
-                result.new_size += item.status.st_size
+                result.new_files, result.new_size = result.new_files + 1, result.new_size + size
     return result
 
 
 def send(plan: Plan, index: Index, bucket: Bucket, project: str, progress: Progress) -> Sent:
     """Store every blob that is missing. Raises CloudrunError for a file that keeps changing."""
-    sender = _Sender(bucket, f"{project}/blobs/", progress)
-    results = list(plan.lines)
-    statuses: dict[int, os.stat_result] = {}
+    sender = _Sender(bucket, f"{project}/blobs/", progress, plan.lines)
     try:
         for number, item in enumerate(plan.found):
-            if results[number] is not None:
-                continue
-            if item.status.st_size < SMALL:
-                sender.pack(number, item.path)
-            else:
-                results[number] = sender.store(item.path, statuses, number)
+            if plan.lines[number] is None:
+                act = sender.pack if item.status.st_size < SMALL else sender.store
+                act(number, item.path)
         sender.finish()
     finally:
         sender.close()
-    for number, line, status in sender.packed:
-        results[number], statuses[number] = line, status
-    lines = [line for line in results if line is not None]
+    lines = [line for line in sender.lines if line is not None]
     if plan.new_files:
         pairs = (
-            (statuses.get(i, item.status), line)
-            for i, (item, line) in enumerate(zip(plan.found, lines, strict=True))
+            (sender.keys.get(number) or stat_key(item.status), line)
+            for number, (item, line) in enumerate(zip(plan.found, lines, strict=True))
+            if '"sha256"' in line
         )
-        index.write((status, line) for status, line in pairs if '"sha256"' in line and settled(status))
+        index.write((key, line) for key, line in pairs if settled(key))
     return Sent(lines, plan.files, plan.size)
-
-
-def _is_file(item: Found) -> bool:
-    return not item.link and (item.status.st_mode & 0o170000) == 0o100000
 
 
 def _known_line(item: Found, index: Index) -> str | None:
     if item.link:
         return entry_line(Entry(item.path, link=item.link))
-    if not _is_file(item):
+    if stat.S_ISDIR(item.status.st_mode):
         return entry_line(Entry(item.path, item.status.st_mode & 0o777))
-    return index.line(item.path, item.status)
+    return index.take(item.path, item.status)
 
 
 class _Sender:
-    """Packs on the calling thread, stores packs on another one."""
+    """Packs on the calling thread, stores packs on another one, one at a time: memory holds two.
 
-    def __init__(self, bucket: Bucket, blobs: str, progress: Progress) -> None:
-        self.packed: list[tuple[int, str, os.stat_result]] = []
+    `lines` gets the manifest lines of what was sent, `keys` the stat of each as it was read.
+    """
+
+    def __init__(self, bucket: Bucket, blobs: str, progress: Progress, lines: list[str | None]) -> None:
+        self.lines = list(lines)
+        self.keys: dict[int, str] = {}
         self._bucket, self._blobs, self._progress = bucket, blobs, progress
-        self._members: list[tuple[int, str, str, os.stat_result]] = []
-        self._pieces: list[bytes] = []
+        self._members: list[_Member] = []
         self._size = 0
-        self._queue: queue.Queue[tuple[list[tuple[int, str, str, os.stat_result]], list[bytes]] | None] = (
-            queue.Queue(1)
-        )
+        self._queue: queue.Queue[list[_Member] | None] = queue.Queue()
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
 
     def pack(self, number: int, path: str) -> None:
         data, status = read_consistently(path)
-        self._members.append((number, path, hashlib.sha256(data).hexdigest(), status))
-        self._pieces.append(data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        entry = Entry(path, status.st_mode & 0o777, len(data), sha256)
+        self._members.append((number, entry, stat_key(status), data))
         self._size += len(data)
         if self._size >= PACK:
             self._hand_over()
 
-    def store(self, path: str, statuses: dict[int, os.stat_result], number: int) -> str:
+    def store(self, number: int, path: str) -> None:
         for _ in range(TRIES):
             with _opened(path) as file:
-                status = os.fstat(file)
+                status = still(file, path)
                 reader = _Reader(file, path, status.st_size, self._bucket.part_bytes, self._progress)
                 parts = []
                 for piece in reader.parts():
                     sha256 = self._bucket.put_blob(self._blobs, piece)
                     parts.append((sha256, 0, reader.part_size))
-                if not _changed(file, path, status) and reader.done == status.st_size:
+                if not _changed(file, status) and reader.done == status.st_size:
                     whole = reader.whole.hexdigest() if reader.whole else parts[0][0]
-                    statuses[number] = status
+                    entry = Entry(path, status.st_mode & 0o777, status.st_size, whole, tuple(parts))
+                    self.lines[number], self.keys[number] = entry_line(entry), stat_key(status)
                     self._progress(1, 0)
-                    return entry_line(
-                        Entry(path, status.st_mode & 0o777, status.st_size, whole, tuple(parts))
-                    )
+                    return
             self._progress(0, -reader.done)
         raise _unstable(path)
 
     def finish(self) -> None:
-        if self._pieces:
-            self._hand_over()
+        """Store what is left. Raises what went wrong on the thread."""
+        self._hand_over()
+        self._queue.join()
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
-        """Wait for the thread. Raises what went wrong there."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()
-        if self._error is not None:
-            raise self._error
 
     def _hand_over(self) -> None:
-        if self._error is not None:
-            raise self._error
         if self._thread is None:
             self._thread = threading.Thread(target=self._store_packs, daemon=True)
             self._thread.start()
-        self._queue.put((self._members, self._pieces))
-        self._members, self._pieces, self._size = [], [], 0
+        self._queue.join()
+        if self._error is not None:
+            raise self._error
+        self._queue.put(self._members)
+        self._members, self._size = [], 0
 
     def _store_packs(self) -> None:
-        while True:
-            job = self._queue.get()
-            if job is None:
-                return
+        for members in iter(self._queue.get, None):
             try:
-                if self._error is None:
-                    self._store_pack(*job)
-            except Exception as error:  # raised again on the main thread, by the next call or by close
+                if members:
+                    self._store_pack(members)
+            except Exception as error:  # raised again on the main thread, by its next call
                 self._error = error
+            members = []
+            self._queue.task_done()
 
-    def _store_pack(self, members: list[tuple[int, str, str, os.stat_result]], pieces: list[bytes]) -> None:
-        blob, offset = self._bucket.put_blob(self._blobs, pieces), 0
-        for (number, path, sha256, status), piece in zip(members, pieces, strict=True):
-            parts = ((blob, offset, len(piece)),)
-            line = entry_line(Entry(path, status.st_mode & 0o777, len(piece), sha256, parts))
-            self.packed.append((number, line, status))
-            offset += len(piece)
+    def _store_pack(self, members: list[_Member]) -> None:
+        blob = self._bucket.put_blob(self._blobs, (data for *_, data in members))
+        offset = 0
+        for number, entry, key, data in members:
+            placed = entry._replace(parts=((blob, offset, len(data)),))
+            self.lines[number], self.keys[number] = entry_line(placed), key
+            offset += len(data)
         self._progress(len(members), offset)
 
 
@@ -231,6 +225,10 @@ class _opened:
     def __enter__(self) -> int:
         try:
             self._file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise CloudrunError(
+                f"{shown(self._path)} vanished while the project was being sent; run again"
+            ) from None
         except OSError as error:
             raise CloudrunError(
                 f"cannot read {shown(self._path)}: {error.strerror}; make it readable or leave it out"
@@ -245,11 +243,24 @@ def read_consistently(path: str) -> tuple[bytes, os.stat_result]:
     """The content of a small file as it was at one moment, and its stat. Raises CloudrunError."""
     for _ in range(TRIES):
         with _opened(path) as file:
-            status = os.fstat(file)
+            status = still(file, path)
             data = _read(file, path, status.st_size + 1)
-            if len(data) == status.st_size and not _changed(file, path, status):
+            while len(data) < status.st_size and (more := _read(file, path, status.st_size)):
+                data += more  # some file systems give less than was asked for
+            if len(data) == status.st_size and not _changed(file, status):
                 return data, status
     raise _unstable(path)
+
+
+def still(file: int, path: str) -> os.stat_result:
+    """The stat of a regular file; one that was written to a moment ago is given that moment."""
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise CloudrunError(f"{shown(path)} was replaced by something that is no file; run again")
+    ages = (time.time_ns() - when for when in (status.st_mtime_ns, status.st_ctime_ns))
+    if any(0 <= age < FRESH_NS for age in ages):
+        time.sleep(FRESH_NS / 1e9)
+    return status
 
 
 def _read(file: int, path: str, wanted: int) -> bytes:
@@ -259,7 +270,7 @@ def _read(file: int, path: str, wanted: int) -> bytes:
         raise CloudrunError(f"cannot read {shown(path)}: {error.strerror}") from None
 
 
-def _changed(file: int, path: str, before: os.stat_result) -> bool:
+def _changed(file: int, before: os.stat_result) -> bool:
     return stat_key(os.fstat(file)) != stat_key(before)
 
 

@@ -15,6 +15,7 @@ from importlib.util import MAGIC_NUMBER, cache_from_source
 
 from cloudrun.bill import forget
 from cloudrun.config import Settings
+from cloudrun.errors import BucketError, UsageError
 from cloudrun.formats import canonical, timestamp
 from cloudrun.index import Index, index_path
 from cloudrun.order import Order, deadline, new_run_id, run_prefix
@@ -73,31 +74,34 @@ def store(
 ) -> Order:
     """Send what is missing and write the order: from here on the run exists. Undone if it fails half-way."""
     bucket, report = client
+    check_price(settings, price)
+    report.stage("send")
+    sent = _send(prepared, settings, bucket, report)
+    agent = agent_of(bucket, settings.project)
+    report.stage("order")
     run = new_run_id(settings.project, time.time())
     prefix = run_prefix(settings.project, run)
-    bucket.create(f"open/{run}", canonical({"run": run, "project": settings.project}))
     try:
-        report.stage("send")
-        sent = _send(prepared, settings, bucket, report)
+        bucket.create(f"open/{run}", canonical({"run": run, "project": settings.project}))
         digest = hashlib.sha256()
         bucket.create(prefix + "/manifest.jsonl", _hashed(sent, digest))
         if wanted.env:
             bucket.create(prefix + "/env.json", canonical(wanted.env))
-        order = make_order(
-            run,
-            settings,
-            wanted,
-            price,
-            sent,
-            digest.hexdigest(),
-            agent_of(bucket, settings.project),
-        )
-        report.stage("order")
+        order = make_order(run, settings, wanted, price, sent, digest.hexdigest(), agent)
         bucket.create(prefix + "/order.json", order.content())
     except BaseException:
-        forget(bucket, prefix, run)
+        with suppress(BucketError):  # what went wrong first is what the user should read
+            forget(bucket, prefix, run)
         raise
     return order
+
+
+def check_price(settings: Settings, price: float | None) -> None:
+    """Raises UsageError for a cap that nobody could keep."""
+    if settings.max_cost and price is None:
+        raise UsageError(
+            "a cost cap needs a known price: set CLOUDRUN_PRICE (USD per hour), or use --max-hours"
+        )
 
 
 def make_order(
@@ -110,7 +114,8 @@ def make_order(
     agent: str,
 ) -> Order:
     created = time.time()
-    until, seconds, limited_by = deadline(settings.max_hours, settings.max_cost, price, created)
+    late = settings.limits["provider"]
+    until, seconds, limited_by = deadline(settings.max_hours, settings.max_cost, price, created, late)
     outputs = returned(wanted.outputs)
     return Order(
         run=run,

@@ -2,93 +2,120 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
+from typing import Any
 
 from cloudrun.backends import Backend, Instance
-from cloudrun.bill import Ended, close, forget, see_ended
-from cloudrun.errors import UNKNOWN, BucketError, Corrupt, Missing
+from cloudrun.bill import Ended, as_claimed, close, forget, see_ended
+from cloudrun.errors import CloudrunError, Corrupt, Missing
+from cloudrun.follow import NOW, Seen, requested_end
 from cloudrun.formats import seconds_of
 from cloudrun.limits import DEFAULTS
 from cloudrun.order import Order, run_prefix
-from cloudrun.receipt import outcome_of, read_receipt
+from cloudrun.receipt import Outcome, outcome_of, read_receipt
 from cloudrun.report import Report
-from cloudrun.runs import attempt_object, last_attempt, load, open_runs
+from cloudrun.runs import attempt_object, last_attempt, load, open_runs, read_bill
 from cloudrun.storage import Bucket
 
 QUIET_SECONDS = 600.0  # a run without a machine may belong to a client that is just sending or creating
 
 
 def sweep(backend: Backend, bucket: Bucket, report: Report) -> None:
-    """End machines that nobody will end, then close the bills of runs whose machines are gone."""
-    instances = {instance.name: instance for instance in backend.all()}
-    for instance in instances.values():
-        why = overdue(instance)
-        if why:
-            ended = see_ended(backend, instance.name, grace=0, limit=DEFAULTS["stop"], layer="sweep")
-            report.warn(f"ended {instance.name}, {why} ({ended.proof})")
-    running = {instance.run for instance in instances.values()}
-    for project, run in open_runs(bucket):
-        if run not in running:
-            with suppress(BucketError):  # a damaged run must not keep anybody from the next one
-                _close_if_over(backend, bucket, project, run)
+    """End machines that nobody will end, then close the bills of runs whose machines are gone.
+
+    What goes wrong with one of them is said, and keeps nobody from the next one.
+    """
+    machines: dict[str, list[Instance]] = {}
+    for instance in backend.all():
+        machines.setdefault(instance.run, []).append(instance)
+    runs = {run: project for project, run in open_runs(bucket)}
+    for run in sorted({*runs, *machines}):
+        try:
+            _Visit(backend, bucket, report, run).pay(runs.get(run), machines.get(run, []))
+        except CloudrunError as error:
+            report.warn(f"{run}: {error}")
     bucket.tidy()
 
 
-def overdue(instance: Instance) -> str:
+def overdue(instance: Instance, limits: dict[str, float], receipt: dict[str, Any] | None) -> str:
     """Why a machine has to be ended by whoever sees it; empty if it need not be."""
     if not instance.alive:
         return "whose guard and agent are gone"
     with suppress(Corrupt):
+        if receipt and time.time() - seconds_of(receipt["ended"]) > 2 * limits["self_end"]:
+            return "which had finished, and did not end itself"
         late = time.time() - seconds_of(instance.deadline)
-        if late > DEFAULTS["provider"]:
+        if late > limits["provider"]:
             return f"{late / 60:.0f} min past its deadline"
     return ""
 
 
-def _close_if_over(backend: Backend, bucket: Bucket, project: str, run: str) -> None:
-    prefix = run_prefix(project, run)
-    try:
-        order = load(bucket, project, run)
-    except Missing:
-        if _age(run) > QUIET_SECONDS:  # its client went before it had sent everything
-            forget(bucket, prefix, run)
-        return
-    attempt = last_attempt(bucket, order)
-    receipt = read_receipt(bucket, prefix)
-    if not receipt and _age(run) < QUIET_SECONDS:
-        return
-    if bucket.size(prefix + "/bill.json") is not None:
-        forget(bucket, prefix, run)
-    elif receipt:
-        outcome = outcome_of(receipt)
-        close(bucket, order, _ends(backend, bucket, order, attempt), outcome.reason, outcome.exit_code)
-    elif not _client_may_live(bucket, order, attempt):
-        end = attempt_object(bucket, order, attempt, "end")
-        reason = "preempted" if end else "lost" if attempt else "never started"
-        close(bucket, order, _ends(backend, bucket, order, attempt), reason, UNKNOWN)
+class _Visit:
+    """One run, looked after."""
 
+    def __init__(self, backend: Backend, bucket: Bucket, report: Report, run: str) -> None:
+        self.backend, self.bucket, self.report, self.run = backend, bucket, report, run
+        self.ended: dict[str, Ended] = {}
+        self.console = ""
 
-def _ends(backend: Backend, bucket: Bucket, order: Order, attempts: int) -> list[Ended]:
-    """The machines of a run that are gone already, as the provider and the bucket remember them."""
-    ends = []
-    for attempt in range(1, attempts + 1):
-        claim = attempt_object(bucket, order, attempt, "claim") or {}
+    def pay(self, project: str | None, machines: list[Instance]) -> None:
+        """Raises CloudrunError, StillRunning among them."""
+        prefix = run_prefix(project or "", self.run)
+        order, receipt = None, None
+        with suppress(Missing, Corrupt):  # whatever the bucket says, a machine may have to be ended
+            order = load(self.bucket, project, self.run) if project else None
+            receipt = read_receipt(self.bucket, prefix) if order else None
+        limits = order.limits if order else DEFAULTS
+        for instance in machines:
+            why, name = overdue(instance, limits, receipt), instance.name
+            if why:
+                self.console = self.backend.console(name)
+                self.ended[name] = see_ended(self.backend, name, grace=0, limit=limits["stop"], layer="sweep")
+                self.report.warn(f"ended {name}, {why} ({self.ended[name].proof})")
+        if len(self.ended) < len(machines) or not project:
+            return
+        if order is None:
+            if time.time() - _named(self.run) > QUIET_SECONDS:  # its client went before all was sent
+                forget(self.bucket, prefix, self.run)
+        elif order.backend == self.backend.name:
+            elsewhere = order.backend == "local" and order.origin[0] != os.uname().nodename
+            if not elsewhere:  # another computer cannot say how a local run is
+                self._close(order, receipt)
+
+    def _close(self, order: Order, receipt: dict[str, Any] | None) -> None:
+        """The bill of a run without a machine, unless there may still be a client."""
+        if read_bill(self.bucket, order):
+            forget(self.bucket, order.prefix, order.run)
+            return
+        attempt = last_attempt(self.bucket, order)
+        objects = (attempt_object(self.bucket, order, attempt, what) for what in ("claim", "state", "end"))
+        times = [seconds_of(found["time"]) for found in objects if found and "time" in found]
+        silent = time.time() - max([_named(order.run), *times])
+        if receipt or self.ended or silent > QUIET_SECONDS:
+            outcome = outcome_of(receipt) if receipt else self._outcome(order, attempt)
+            ends = [self._end(order, number) for number in range(1, attempt + 1)]
+            close(self.bucket, order, ends, outcome.reason, outcome.exit_code)
+
+    def _outcome(self, order: Order, attempt: int) -> Outcome:
+        level, by = requested_end(self.bucket, order.prefix)
+        state = attempt_object(self.bucket, order, attempt, "state") or {}
+        end = attempt_object(self.bucket, order, attempt, "end")
+        how = "now" if level >= NOW else "preempted" if end else "gone"
+        console = self.console or self.backend.console(f"{order.run}-{attempt}")
+        return Seen(how, by=by, console=console, began=state.get("phase") in ("run", "save")).outcome(order)
+
+    def _end(self, order: Order, attempt: int) -> Ended:
+        """How a machine that is gone ended, as the provider and the bucket remember it."""
         name = f"{order.run}-{attempt}"
-        ended = see_ended(backend, name, grace=DEFAULTS["self_end"], limit=DEFAULTS["stop"], layer="sweep")
-        started = seconds_of(claim["time"]) if "time" in claim else None
-        ends.append(Ended(name, started, ended.ended, ended.layer, ended.proof))
-    return ends
+        ended = self.ended.get(name) or see_ended(
+            self.backend, name, grace=DEFAULTS["self_end"], limit=order.limits["stop"], layer="sweep"
+        )
+        return as_claimed(self.bucket, order, attempt, ended)
 
 
-def _client_may_live(bucket: Bucket, order: Order, attempt: int) -> bool:
-    """Without a machine and a receipt a run may still be between two attempts; its deadline decides."""
-    return attempt > 0 and order.left() > 0 and _age(order.run) < QUIET_SECONDS
-
-
-def _age(run: str) -> float:
-    """Seconds since the run was named."""
-    _, day, clock, _ = run.rsplit("-", 3)
-    return time.time() - seconds_of(
-        f"{day[:4]}-{day[4:6]}-{day[6:]}T{clock[:2]}:{clock[2:4]}:{clock[4:]}.000Z"
-    )
+def _named(run: str) -> float:
+    """When the run got its name. Raises Corrupt."""
+    day, clock = ["", "", *run.split("-")][-3:-1]
+    return seconds_of(f"{day[:4]}-{day[4:6]}-{day[6:]}T{clock[:2]}:{clock[2:4]}:{clock[4:]}.000Z")

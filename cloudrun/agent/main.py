@@ -4,200 +4,198 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import itertools
 import json
 import os
+import shutil
+import signal
 import sys
-import threading
-import time
 from contextlib import suppress
+from functools import partial
 
 from cloudrun.agent.fetch import Fetch
 from cloudrun.agent.log import Log
-from cloudrun.agent.program import Ending, Program, exit_of, python
+from cloudrun.agent.program import Program, steps
 from cloudrun.agent.save import Saver
-from cloudrun.agent.watch import Ended, Task, Watch, insist, now
-from cloudrun.errors import BucketError, CloudrunError, Conflict, Corrupt, Missing
-from cloudrun.formats import canonical, parse, timestamp
+from cloudrun.agent.watch import Task, Watch, insist, now, stamp
+from cloudrun.errors import CloudrunError, Conflict, Corrupt
+from cloudrun.formats import canonical, parse
+from cloudrun.processes import descendants, kill_descendants
 from cloudrun.storage import open_bucket
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
-    from cloudrun.storage import Bucket
 
 PR_SET_CHILD_SUBREAPER = 36
 TURN_SECONDS = 0.25  # the longest that the main loop sleeps
-LOOK_SECONDS = 2.0  # between two looks at which output files are closed
-ENDING_SECONDS = 0.02  # the same, and the turn, once main.py was asked to end
+ENDING_SECONDS = 0.02  # the same once main.py was asked to end, or has ended
 LEAST_SECONDS = 5.0  # for the last words, however late it is
+SHORT_SECONDS = 3.0  # for what the bucket refuses for good, and for the word that the machine is taken away
 
 
 def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     boot = json.loads(os.environ["CLOUDRUN_BOOT"])
     try:
-        bucket = open_bucket(boot["bucket"])
-        order = read_order(bucket, boot)
-        watch = Watch(boot, order, bucket)
-        if claim(bucket, watch):
-            Attempt(boot["attempt"], order, bucket, watch).work()
+        bucket, (name, sha256) = open_bucket(boot["bucket"]), boot["order"]
+        order, _ = bucket.get(name)
+        if hashlib.sha256(order).hexdigest() != sha256:
+            raise Corrupt(f"{name} is damaged: its sha256 is not the one that this machine was given")
+        watch = Watch(boot, parse(order, name, limits=dict, manifest=dict, argv=list, outputs=list), bucket)
+        if claim(watch):
+            Attempt(watch).work()
     except Exception as error:
-        print(f"CLOUDRUN-FATAL {type(error).__name__}: {error}", flush=True)
-    os.write(int(os.environ["CLOUDRUN_GUARD"]), b"R")  # nothing is left to do on this machine
+        print(f"CLOUDRUN-FATAL {said(error)}", flush=True)
+    finally:
+        os.write(int(os.environ["CLOUDRUN_GUARD"]), b"R")  # nothing is left to do on this machine
+        os._exit(0)  # and nothing is worth waiting for, not even a thread that hangs in the bucket
 
 
-def read_order(bucket: Bucket, boot: dict[str, Any]) -> dict[str, Any]:
-    name, sha256 = boot["order"]
-    data, _ = bucket.get(name)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise Corrupt(f"{name} is damaged: its sha256 is not the one that this machine was given")
-    return parse(data, name, limits=dict, manifest=dict, argv=list, outputs=list)
+def said(error: BaseException) -> str:
+    return str(error) if isinstance(error, (CloudrunError, OSError)) else f"{type(error).__name__}: {error}"
 
 
-def claim(bucket: Bucket, watch: Watch) -> bool:
+def claim(watch: Watch) -> bool:
     """Become the one machine that works on this attempt; False if the run or the attempt is taken."""
-    if bucket.size(watch.prefix + "/receipt.json") is not None:
+    if watch.bucket.size(watch.prefix + "/receipt.json") is not None:
         return False
-    identity = {"machine": os.urandom(8).hex(), "python": sys.version.split()[0]}
-    try:
-        bucket.create(watch.attempt + "/agent.json", canonical(dict(identity, time=stamp())))
-    except Conflict:
-        return False
-    return True
+    identity = {"machine": os.urandom(8).hex(), "python": sys.version.split()[0], "time": stamp()}
+    with suppress(Conflict):
+        watch.bucket.create(watch.attempt + "/agent.json", canonical(identity))
+        return True
+    return False
 
 
 class Attempt:
     """One attempt of a run. `work` returns when nothing is left to do on this machine."""
 
-    def __init__(self, number: int, order: dict[str, Any], bucket: Bucket, watch: Watch) -> None:
-        self.number, self.order, self.bucket, self.watch = number, order, bucket, watch
+    def __init__(self, watch: Watch) -> None:
+        self.watch, self.bucket, self.order = watch, watch.bucket, watch.order
         self.started, self.ran = stamp(), 0.0
         self.reason, self.message, self.unsaved = "exited", "", ""
         self.program: Program | None = None
+        self.torn = False
         os.makedirs("work", exist_ok=True)
         os.chdir("work")
-        self.saver = Saver(bucket, watch, number, order["outputs"])
-        self.log = Log(bucket, watch.attempt + "/log", int(watch.limits["spool"]))
+        self.saver = Saver(watch, self.order["outputs"])
+        self.log = Log(watch.bucket, watch.attempt + "/log", int(watch.limits["spool"]))
+        watch.helpers.append(self.log.task)
 
     def work(self) -> None:
         try:
-            self.fetch()
-            self.run()
-        except Ended as ended:
-            self.end(ended.reason)
-        except (CloudrunError, OSError) as error:
-            self.reason, self.message = "failed", str(error)
+            if self.fetch():
+                self.run()
+        except Exception as error:
+            self.reason, self.message = "agent-failed" if self.program else "failed", said(error)
         self.save()
-        self.watch.join(Task(self.log.close, self.room()), self.room())
+        self.log.close()
+        self.watch.join(self.log.task, self.room())
         if self.reason != "preempted":
-            insist(self.write_receipt, self.room(), self.watch.beat)
+            self.watch.join(Task(insist, self.write_receipt, self.room(), SHORT_SECONDS), self.room())
 
     def room(self) -> float:
         """Seconds that the last words may take."""
-        return min(self.watch.limits["save"], max(self.watch.left() - LEAST_SECONDS, LEAST_SECONDS))
+        limit = SHORT_SECONDS if self.unsaved else self.watch.limits["save"]
+        return min(limit, max(self.watch.left() - LEAST_SECONDS, LEAST_SECONDS))
 
-    def fetch(self) -> None:
-        """The inputs, and over them what an earlier attempt saved."""
-        fetch = Fetch(self.bucket, self.watch.prefix, self.order)
-
-        def bring() -> None:
-            fetch.inputs()
-            fetch.outputs(self.saver.previous())
-            self.saver.begin()
-
-        def show() -> None:
-            self.watch.state = {"phase": "fetch", **fetch.progress()}
-
-        self.watch.phase("fetch")
-        task = Task(bring)
-        try:
-            self.watch.join(task, self.watch.limits["fetch"], heed=True, tick=show)
-        finally:
-            fetch.stop.set()
-        if not task.done:
+    def fetch(self) -> bool:
+        """All that main.py needs. False if the run must end before it has begun."""
+        fetch = Fetch(self.watch)
+        self.watch.phase("fetch", fetch.progress)
+        task = Task(self.bring, fetch)
+        done = self.watch.join(task, self.watch.limits["fetch"], heed=True)
+        fetch.stop.set()
+        reason = self.watch.reason()
+        if reason:
+            self.end(reason)
+        elif not done:
             raise task.error or CloudrunError("fetching the inputs took too long")
+        return not reason
 
-    def environment(self) -> dict[str, str]:
-        """The login environment, the values given with -e, and nothing that is ours."""
-        env = dict(os.environ, CLOUDRUN_ROLE="program", PYTHONUNBUFFERED="1")
-        del env["CLOUDRUN_BOOT"], env["CLOUDRUN_GUARD"]
-        with suppress(Missing):
-            name = self.watch.prefix + "/env.json"
-            env.update(parse(self.bucket.get(name)[0], name))
-        return env
+    def bring(self, fetch: Fetch) -> None:
+        """Inputs, over them what an earlier attempt saved, and an environment without anything of ours."""
+        fetch.inputs()
+        fetch.outputs(self.saver.previous())
+        self.saver.begin()
+        self.environment = dict(os.environ, CLOUDRUN_ROLE="program", PYTHONUNBUFFERED="1")
+        del self.environment["CLOUDRUN_BOOT"], self.environment["CLOUDRUN_GUARD"]
+        self.environment.update(parse(self.watch.read("env.json") or b"{}", "env.json"))
 
     def run(self) -> None:
         """main.py from start to end: its output copied, saved every so often, ended if it has to be."""
         self.watch.phase("run")
-        environment = self.environment()
-        began = looked = now()
-        program = self.program = Program([python(), *self.order["argv"]], environment, self.log.write)
-        ended, ending = threading.Event(), None
-        Task(self.saver.every_so_often, ended)
+        began = now()
+        python = shutil.which("python") or shutil.which("python3") or sys.executable
+        program = self.program = Program([python, *self.order["argv"]], self.environment, self.log.write)
+        reason, ending = None, []
+        self.saver.is_running = program.is_running
+        self.watch.helpers.append(Task(self.saver.every_so_often, partial(self.log.write, "note")))
         while program.status is None:
-            program.pump(ENDING_SECONDS if ending else TURN_SECONDS)
+            program.pump(ENDING_SECONDS if reason else TURN_SECONDS)
             self.watch.beat()
-            reason = self.watch.reason()
-            if now() - looked > (ENDING_SECONDS if ending or reason else LOOK_SECONDS):
+            if not reason:
+                reason, asked = self.watch.reason(), now()
+                if reason:
+                    self.end(reason)
+                    ending = steps(reason, self.watch)
+            if reason and self.watch.level > 1:
+                ending = [(0.0, signal.SIGKILL)]
+            if ending and now() - asked >= ending[0][0]:
                 self.saver.look()
-                looked = now()
-            if reason and not ending:
-                ending = Ending(reason, self.watch)
-                self.end(reason)
-            if ending:
-                ending.press(program)
-        ended.set()
+                program.signal(ending.pop(0)[1])
+        self.saver.ended.set()
         self.ran = now() - began
-        drain = ending.drain if ending else self.watch.limits["drain"]
-        program.drain(drain, self.saver.look, self.watch.beat)
+        self.drain(program)
+
+    def drain(self, program: Program) -> None:
+        """Of what main.py left behind, for no longer than the time for the last save allows."""
+        limits, reserve = self.watch.limits, self.watch.reserve()
+        status = program.status  # on SIGINT Python closes its files before it ends
+        self.torn = status is None or (status < 0 and status != -signal.SIGINT)
+        room = limits["grace_preempted"] if self.reason == "preempted" else self.watch.left() - 0.75 * reserve
+        deadline = now() + min(limits["drain"], max(room, reserve / 8))
+        while descendants() and now() < deadline and self.watch.level < 2:
+            program.pump(ENDING_SECONDS)
+            self.watch.beat()
+        if descendants():
+            if not self.torn:
+                self.saver.look(ended=True)
+            self.torn = True
+        while not kill_descendants(0.5):
+            self.watch.beat()
+        program.last_words()
 
     def end(self, reason: str) -> None:
         """Note why; for a spot notice say so first, whatever happens next: the run may go on elsewhere."""
         self.reason = reason
+        self.message = " ".join(said(task.error) for task in self.watch.helpers if task.error)
         if reason == "preempted":
-            with suppress(BucketError):
-                content = canonical({"reason": reason, "time": stamp()})
-                self.bucket.create(self.watch.attempt + "/end.json", content)
+            name, content = self.watch.attempt + "/end.json", canonical({"reason": reason, "time": stamp()})
+            self.watch.join(Task(self.bucket.create, name, content), SHORT_SECONDS)
 
     def save(self) -> None:
-        """The last save, tried again while there is time and hope; `unsaved` says what went wrong."""
-        if self.program is None or self.program.status is None or self.watch.level > 1:
+        """The last save; `unsaved` says what went wrong. Then copies for people."""
+        if self.program and self.program.status is None:  # it was our own mistake that brought us here
+            self.drain(self.program)
+        if self.program is None or self.watch.level > 1:
             return
         self.watch.phase("save")
-        killed = self.program.status < 0
-        exact = self.reason == "exited" and not killed
-        deadline = now() + self.room()
-        for tries in itertools.count(1):
-            task = Task(self.saver.finish, exact, killed)
-            self.watch.join(task, deadline - now())
-            self.unsaved = "" if task.done else str(task.error or "it took too long")
-            hopeless = tries > 2 and getattr(task.error, "permanent", False)
-            if task.done or hopeless or now() > deadline:
-                return
-            time.sleep(0.2)
+        exact, room = self.reason == "exited" and not self.torn, self.room()
+        save = partial(self.saver.save, exact=exact, torn=self.torn)
+        task = Task(insist, save, room, SHORT_SECONDS)
+        if self.watch.join(task, room):
+            self.watch.join(Task(self.saver.copy_names), self.room())
+        else:
+            self.unsaved = said(task.error) if task.error else "it took too long"
 
     def write_receipt(self) -> None:
-        status, signame = exit_of(self.program.status if self.program else None)
+        status = self.program.status if self.program else None
+        names = {int(known): known.name for known in signal.Signals}
+        killed_by = None if status is None or status >= 0 else names.get(-status, f"SIG{-status}")
         receipt = {
             "run": self.order["run"],
-            "attempt": self.number,
-            "reason": self.reason,
-            "status": status,
-            "signal": signame,
-            "by": self.watch.by,
-            "message": self.message,
-            "save": self.unsaved,
+            "attempt": self.watch.number,
             "started": self.started,
             "ended": stamp(),
-            "seconds": round(self.ran, 3),
-            "chunks": self.log.sent,
-            "files": self.saver.count,
-            "uncopied": self.saver.uncopied,
         }
+        receipt.update({"reason": self.reason, "message": self.message, "by": self.watch.by})
+        receipt.update({"status": None if killed_by else status, "signal": killed_by, "save": self.unsaved})
+        receipt.update({"seconds": round(self.ran, 3), "chunks": self.log.sent})
+        receipt.update({"files": len(self.saver.outputs), "uncopied": self.saver.uncopied})
         self.bucket.create(self.watch.prefix + "/receipt.json", canonical(receipt))
-
-
-def stamp() -> str:
-    return timestamp(time.time())

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from cloudrun.errors import BucketError
+from cloudrun.errors import BucketError, Missing
 from cloudrun.formats import canonical, parse, timestamp
+from cloudrun.storage import Bucket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Callable
-
-    from cloudrun.storage import Bucket
+    from typing import Any
 
 
 def now() -> float:
@@ -23,69 +24,69 @@ def now() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def insist(act: Callable[[], object], seconds: float, beat: Callable[[], object]) -> None:
-    """Do what the bucket refuses again and again, for so long. Raises its last BucketError."""
-    deadline, pause = now() + seconds, 0.1
+def stamp() -> str:
+    return timestamp(time.time())
+
+
+def insist(act: Callable[[], object], seconds: float, refused: float) -> object:
+    """Try again for so long, what the bucket refuses for good `refused` seconds. Raises the last error."""
+    started, pause = now(), 0.1
     while True:
         try:
-            act()
-            return
-        except BucketError:
-            if now() > deadline:
+            return act()
+        except (BucketError, OSError) as error:
+            if now() - started > (refused if getattr(error, "permanent", False) else seconds):
                 raise
-        beat()
         time.sleep(pause)
         pause = min(2 * pause, 5.0)
-
-
-class Ended(Exception):
-    """The run must end for this reason."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 class Task(threading.Thread):
     """Work on a thread of its own, so that the main thread stays free to watch; starts at once."""
 
     def __init__(self, work: Callable[..., object], *arguments: object) -> None:
-        super().__init__(daemon=True)
-        self.done = False
+        super().__init__(target=work, args=arguments, daemon=True)
         self.error: Exception | None = None
-        self._work, self._arguments = work, arguments
-        self.start()
+        try:
+            self.start()
+        except RuntimeError as error:  # main.py may have taken all the threads that there are
+            self.error = error
 
     def run(self) -> None:
         try:
-            self._work(*self._arguments)
-            self.done = True
+            super().run()
         except Exception as error:
             self.error = error
 
 
 class Watch:
-    """Answers `reason` from the main thread at any time; a thread of its own talks to the bucket."""
+    """Answers `reason` from the main thread at any time; a thread of its own talks to the bucket.
+
+    `helpers` are the tasks that a run cannot go on without.
+    """
 
     def __init__(self, boot: dict[str, Any], order: dict[str, Any], bucket: Bucket) -> None:
         self.order, self.bucket = order, bucket
         self.limits: dict[str, float] = order["limits"]
-        self.prefix, self.attempt = boot["prefix"], f"{boot['prefix']}/attempts/{boot['attempt']}"
+        self.prefix, self.number = boot["prefix"], boot["attempt"]
+        self.attempt = f"{self.prefix}/attempts/{self.number}"
         self.end_at: float = now() + boot["left"]
         self.longest_save = 0.0
         self.level, self.by = 0, ""
-        self.state: dict[str, Any] = {"phase": "boot"}
-        self._pipe, self._guard = int(os.environ["CLOUDRUN_GUARD"]), os.getppid()
-        self._beaten = self._client_at = now()
-        self._client_beat: object = None
-        self._signalled = threading.Event()
+        self._pipe, self._guard = int(os.environ["CLOUDRUN_GUARD"]), select.poll()
+        self._guard.register(self._pipe, 0)  # says when nobody is left who could read it
+        self._beaten = now()
+        self._client = b"", now()
+        self._noticed, self._client_lost = threading.Event(), False
         self._changed = threading.Event()
+        self.phase("boot")
         os.set_blocking(self._pipe, False)
         os.set_inheritable(self._pipe, False)
         for name in (signal.SIGINT, signal.SIGHUP):
             signal.signal(name, lambda *_: None)
-        signal.signal(signal.SIGTERM, lambda *_: self._signalled.set())
-        Task(self._correspond)
+        signal.signal(signal.SIGTERM, lambda *_: self._noticed.set())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # the guard held it back for us
+        self.helpers = [Task(self._correspond)]
 
     def left(self) -> float:
         return self.end_at - now()
@@ -98,76 +99,67 @@ class Watch:
 
     def reason(self) -> str | None:
         """Why main.py has to end now, or None."""
-        if self._signalled.is_set():
-            return "preempted"
-        if os.getppid() != self._guard:
-            return "guard-lost"
-        if self.level:
-            return "stopped"
-        if self.left() <= self.reserve():
-            return str(self.order["limited_by"])
-        lost = self.limits["client_lost"]
-        if self.order["if_client_lost"] == "stop" and now() - self._client_at > lost:
-            return "client-lost"
-        return None
+        reasons = {
+            "preempted": self._noticed.is_set(),
+            "guard-lost": self._guard.poll(0),
+            "agent-failed": any(task.error for task in self.helpers),
+            "stopped": self.level,
+            self.order["limited_by"]: self.left() <= self.reserve(),
+            "client-lost": self._client_lost,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
     def beat(self) -> None:
         """From the main loop only: the guard hears that the thread that does the work goes on."""
         if now() - self._beaten > self.limits["agent_beat"]:
             self._beaten = now()
-            self.tell_guard(b".")
+            with suppress(OSError):
+                os.write(self._pipe, b".")
 
-    def tell_guard(self, word: bytes) -> None:
-        with suppress(OSError):
-            os.write(self._pipe, word)
-
-    def phase(self, name: str) -> None:
-        self.state = {"phase": name}
+    def phase(self, name: str, details: Mapping[str, int] | None = None) -> None:
+        """`details` may change while the phase lasts."""
+        self._phase, self._details = name, details or {}
         self._changed.set()
 
-    def join(
-        self,
-        task: Task,
-        seconds: float,
-        *,
-        heed: bool = False,
-        tick: Callable[[], object] = lambda: None,
-    ) -> None:
-        """Wait for a task, for so long. `heed`: raise Ended when the run must end meanwhile."""
-        started, pause = now(), 0.002
-        while task.is_alive() and now() - started < seconds:
-            task.join(pause)
-            pause = min(2 * pause, 0.2)
+    def join(self, task: Task, seconds: float, *, heed: bool = False) -> bool:
+        """Wait for a task, for so long; `heed`: or until the run must end. False if it did not get done."""
+        started = now()
+        while task.is_alive() and now() - started < seconds and not (heed and self.reason()):
+            task.join(0.05)
             self.beat()
-            tick()
-            reason = self.reason() if heed else None
-            if reason:
-                raise Ended(reason)
+        return not task.error and not task.is_alive()
 
     def _correspond(self) -> None:
-        beat, said_at, said = 0, 0.0, None
+        said_at, said = 0.0, None
         while True:
-            with suppress(BucketError):
+            with suppress(Exception):  # whatever it was, the next letter may arrive
                 self._read_control()
-                self._read_client()
-                state = self.state
+                if self.order["if_client_lost"] == "stop":
+                    self._read_client()
+                state = {**self._details, "phase": self._phase}
                 if state != said or now() - said_at > self.limits["state"]:
-                    beat, said, said_at = beat + 1, state, now()
-                    full = dict(state, beat=beat, time=timestamp(time.time()))
-                    self.bucket.put(self.attempt + "/state.json", canonical(full))
+                    letter = {**state, "beat": now(), "time": stamp()}
+                    self.bucket.put(self.attempt + "/state.json", canonical(letter))
+                    said, said_at = state, now()
             self._changed.wait(8 * self.bucket.pace)
             self._changed.clear()
 
     def _read_control(self) -> None:
-        name = self.prefix + "/control.json"
-        if self.bucket.size(name) is not None:
-            control = parse(self.bucket.get(name)[0], name, level=int, by=str)
-            self.by = self.by or control["by"]
-            self.level = max(self.level, control["level"])
+        control = self.read("control.json")
+        if control:
+            found = parse(control, "control.json", level=int, by=str)
+            self.by = self.by or found["by"]
+            self.level = max(self.level, found["level"])
 
     def _read_client(self) -> None:
-        name = self.prefix + "/client.json"
-        if self.order["if_client_lost"] == "stop" and self.bucket.size(name) is not None:
-            beat = parse(self.bucket.get(name)[0], name)
-            if beat != self._client_beat:
-                self._client_beat, self._client_at = beat, now()
+        """A client is lost when its sign of life is seen not to change; an unreadable bucket says nothing."""
+        found, (before, since) = self.read("client.json"), self._client
+        if found != before:
+            self._client = found, now()
+        self._client_lost = found == before and now() - since > self.limits["client_lost"]
+
+    def read(self, name: str) -> bytes:
+        """An object of the run; nothing where there is none."""
+        with suppress(Missing):
+            return self.bucket.get(f"{self.prefix}/{name}")[0]
+        return b""

@@ -1,7 +1,8 @@
 """Machines that are process trees on this computer: the same guard, agent and bucket, and no bill.
 
 Every process of an instance has its directory as CLOUDRUN_INSTANCE in its environment, or works in it;
-what is running is found by that, and nowhere written down. `ended` in the directory is the guard's last word.
+what is running is found by that, and nowhere written down. `ended` in the directory is the guard's last
+word: the seconds that it lived, and why it ended.
 """
 
 from __future__ import annotations
@@ -22,21 +23,11 @@ from cloudrun.errors import CloudrunError
 from cloudrun.processes import below, parents, pids, send
 
 PASSED_ON = (
-    *(
-        "HOME",
-        "PATH",
-        "USER",
-        "LOGNAME",
-        "SHELL",
-        "LANG",
-        "LANGUAGE",
-        "TZ",
-        "TMPDIR",
-        "VIRTUAL_ENV",
-    ),
+    *("HOME", "PATH", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "VIRTUAL_ENV"),
     *("CONDA_PREFIX", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "XDG_CACHE_HOME"),
 )
 BOOT_SECONDS = 1.0
+KEPT_SECONDS = 45 * 24 * 3600.0  # what a machine left behind; no run takes that long
 GUARD = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "guard.py")
 KILL_SECONDS = 10.0
 
@@ -54,8 +45,8 @@ class LocalBackend:
         return [Offer("this computer", self._price, BOOT_SECONDS)]
 
     def create(self, name: str, offer: Offer, boot: Boot) -> None:
+        self._tidy()
         folder = self._folder(name)
-        os.makedirs(folder, mode=0o700)
         env = {key: value for key, value in os.environ.items() if key in PASSED_ON or key.startswith("LC_")}
         env.update(
             CLOUDRUN_INSTANCE=folder,
@@ -65,11 +56,11 @@ class LocalBackend:
             CLOUDRUN_ROLE="guard",
             CLOUDRUN_BOOT=json.dumps(boot.payload),
         )
-        command = [sys.executable, "-I", "-S", GUARD]
         try:
+            os.makedirs(folder, mode=0o700)
             with open(os.path.join(folder, "console"), "wb") as console:
                 guard = subprocess.Popen(
-                    command,
+                    [sys.executable, "-I", "-S", GUARD],
                     cwd=folder,
                     env=env,
                     stdin=subprocess.DEVNULL,
@@ -78,18 +69,21 @@ class LocalBackend:
                     start_new_session=True,  # Ctrl-C and a closed terminal must not reach it
                 )
         except OSError as error:
-            raise CloudrunError(f"cannot start a process on this computer: {error}") from None
+            raise CloudrunError(f"cannot start a machine on this computer: {error}") from None
         self._children.append(guard)
 
     def find(self, name: str) -> Instance | None:
         for child in self._children:
             child.poll()
-        members = [found for found in self._marks() if found[1]["CLOUDRUN_INSTANCE"] == self._folder(name)]
+        members = [
+            (pid, mark) for pid, mark in self._marks() if mark["CLOUDRUN_INSTANCE"] == self._folder(name)
+        ]
         if members:
             return _instance(name, members)
-        with suppress(OSError), open(os.path.join(self._folder(name), "ended")) as file:
+        with suppress(OSError, ValueError), open(os.path.join(self._folder(name), "ended")) as file:
+            seconds, _, why = file.read().partition(" ")
             ended = os.fstat(file.fileno()).st_mtime
-            return Instance(name, "", 0, "", ended, alive=False, ended=ended, why=file.read())
+            return Instance(name, "", 0, "", ended - float(seconds), alive=False, ended=ended, why=why)
         return None
 
     def all(self) -> list[Instance]:
@@ -114,10 +108,7 @@ class LocalBackend:
         shutil.rmtree(self._folder(name), ignore_errors=True)
 
     def console(self, name: str) -> str:
-        with (
-            suppress(OSError),
-            open(os.path.join(self._folder(name), "console"), errors="replace") as file,
-        ):
+        with suppress(OSError), open(os.path.join(self._folder(name), "console"), errors="replace") as file:
             return file.read()[-4000:]
         return ""
 
@@ -128,18 +119,25 @@ class LocalBackend:
     def _folder(self, name: str) -> str:
         return os.path.join(data_directory(os.environ), "instances", name)
 
+    def _tidy(self) -> None:
+        """Remove directories of machines so old that nobody will ask for them; bills remember the rest."""
+        alive = {mark["CLOUDRUN_INSTANCE"] for _, mark in self._marks()}
+        with suppress(OSError):
+            for entry in list(os.scandir(self._folder(""))):
+                if entry.path not in alive and time.time() - entry.stat().st_mtime > KEPT_SECONDS:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+
     def _marks(self) -> Iterator[tuple[int, dict[str, str]]]:
         """(pid, the CLOUDRUN_ variables) of every process that belongs to an instance of this user."""
-        mark = b"CLOUDRUN_INSTANCE=" + os.fsencode(self._folder(""))
+        ours = self._folder("")
         for pid in pids():
             with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
                 environ = file.read()
-                if mark in environ:
+                if b"CLOUDRUN_INSTANCE=" in environ:
                     pairs = (item.partition("=") for item in os.fsdecode(environ).split("\0"))
-                    yield (
-                        pid,
-                        {key: value for key, _, value in pairs if key.startswith("CLOUDRUN_")},
-                    )
+                    mark = {key: value for key, _, value in pairs if key.startswith("CLOUDRUN_")}
+                    if mark.get("CLOUDRUN_INSTANCE", "").startswith(ours):
+                        yield pid, mark
 
     def _members(self, name: str) -> tuple[set[int], set[int]]:
         """(guards, all others): what carries the mark, what descends from it, what works in its directory."""

@@ -58,6 +58,7 @@ class Bucket(Protocol):
     def put_blob(self, prefix: str, content: Iterable[bytes], *, durable: bool = False) -> str:
         """Store content under `prefix` + its sha256, and return the sha256. Already there is success.
 
+        What the content itself raises while it is read comes out as it is, and nothing is stored.
         `durable`: when this returns, the content outlives a power failure.
         """
 

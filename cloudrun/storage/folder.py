@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import queue
+import stat
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -27,7 +28,9 @@ LOCK_SECONDS = 10.0  # a holder that was stopped (SIGSTOP) must not stop everybo
 STALE_SECONDS = 24 * 3600.0
 FICLONE = 0x40049409
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-REFUSALS |= {errno.ENOTDIR, errno.EISDIR, errno.EINVAL}
+REFUSALS |= {errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EFBIG}
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+OURS = (".tmp", ".lock")  # what stands beside the objects at the top
 
 
 class FolderBucket:
@@ -46,37 +49,40 @@ class FolderBucket:
 
     def size(self, name: str) -> int | None:
         try:
-            with self._translated(name):
-                return os.stat(self._path(name)).st_size
+            with self._translated(name, reading=True):
+                status = os.stat(self._path(name))
         except Missing:
             return None
+        return None if stat.S_ISDIR(status.st_mode) else status.st_size
 
     def chunks(self, name: str, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
-        with self._translated(name), open(self._path(name), "rb", buffering=0) as file:
+        path = self._path(name)
+        with self._translated(name, reading=True), open(path, "rb", buffering=0) as file:
             left = os.fstat(file.fileno()).st_size - offset if length is None else length
             file.seek(offset)
             while left > 0:
                 piece = file.read(min(left, PIECE))
                 if not piece:
-                    raise Corrupt(f"{self._path(name)} is damaged: {left} bytes are missing")
+                    raise Corrupt(f"{path} is damaged: {left} bytes are missing")
                 left -= len(piece)
                 yield piece
 
     def create(self, name: str, content: bytes | Iterable[bytes]) -> bool:
-        pieces = [content] if isinstance(content, bytes) else content
+        path, pieces = self._path(name), [content] if isinstance(content, bytes) else content
         with self._translated(name), self._written(pieces) as (temporary, digest):
-            if self._link(temporary, self._path(name)):
+            if self._link(temporary, path):
                 return True
             if self._digest(name) == digest:
                 return False
         raise Conflict(f"{name} exists already, with another content")
 
     def put(self, name: str, data: bytes) -> None:
+        path = self._path(name)
         with self._translated(name), self._written([data]) as (temporary, _):
-            self._rename(temporary, self._path(name))
+            _with_parents(os.replace, temporary, path)
 
     def swap(self, name: str, data: bytes, version: str | None) -> str:
-        written = self._written([data], durable=True)
+        path, written = self._path(name), self._written([data], durable=True)
         with self._translated(name), written as (temporary, _), self._lock(name):
             try:
                 found: str | None = self.get(name)[1]
@@ -84,7 +90,7 @@ class FolderBucket:
                 found = None
             if found != version:
                 raise Conflict(f"{name} was replaced by somebody else")
-            self._rename(temporary, self._path(name))
+            _with_parents(os.replace, temporary, path)
         return _version(data)
 
     def put_blob(self, prefix: str, content: Iterable[bytes], *, durable: bool = False) -> str:
@@ -96,13 +102,16 @@ class FolderBucket:
             return digest
 
     def copy(self, source: str, target: str) -> None:
-        with self._translated(source), self._written(self.chunks(source)) as (temporary, _):
-            self._rename(temporary, self._path(target))
+        path = self._path(target)
+        with self._translated(target), self._written(self.chunks(source)) as (temporary, _):
+            _with_parents(os.replace, temporary, path)
 
     def clone(self, name: str, path: str) -> bool:
-        with self._translated(name), open(self._path(name), "rb") as source, open(path, "wb") as target:
+        with self._translated(name, reading=True):
+            source = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+        with open(source, "rb") as file, open(path, "wb") as target:
             try:
-                fcntl.ioctl(target.fileno(), FICLONE, source.fileno())
+                fcntl.ioctl(target.fileno(), FICLONE, file.fileno())
             except OSError:
                 return False
         return True
@@ -120,19 +129,22 @@ class FolderBucket:
             return [entry.name for entry in self._entries(prefix) if entry.is_dir()]
 
     def delete(self, name: str) -> None:
-        with suppress(Missing), self._translated(name):
+        with suppress(Missing), self._translated(name, reading=True):
             os.unlink(self._path(name))
 
     def tidy(self) -> None:
         before = time.time() - STALE_SECONDS
         with suppress(OSError):
             for entry in os.scandir(os.path.join(self.root, ".tmp")):
-                if entry.stat(follow_symlinks=False).st_mtime < before:
-                    os.unlink(entry.path)
+                with suppress(FileNotFoundError):  # its writer has finished
+                    if entry.stat(follow_symlinks=False).st_mtime < before:
+                        os.unlink(entry.path)
 
     def _path(self, name: str) -> str:
         try:
             check_name(name)
+            if name.partition("/")[0] in OURS:
+                raise ValueError(name)
         except ValueError:
             raise BucketRefused(f"a bucket cannot hold an object called {name!r}") from None
         return os.path.join(self.root, name)
@@ -144,7 +156,7 @@ class FolderBucket:
         except (FileNotFoundError, NotADirectoryError):
             return []
         with entries:  # a slash sorts as itself, so that the whole listing comes out sorted
-            visible = [entry for entry in entries if prefix or not entry.name.startswith(".")]
+            visible = [entry for entry in entries if prefix or entry.name not in OURS]
         return sorted(visible, key=lambda entry: entry.name + "/" * entry.is_dir())
 
     @contextmanager
@@ -156,11 +168,11 @@ class FolderBucket:
         try:
             descriptor = os.open(path, flags, 0o600)
         except FileNotFoundError:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
+            _make_folder(folder)
             descriptor = os.open(path, flags, 0o600)
         try:
             with open(descriptor, "wb", buffering=0) as file:
-                digest = _write_hashed(file, pieces)
+                digest = _write_hashed(file, _content(pieces))
                 if durable:
                     os.fsync(file.fileno())
             yield path, digest
@@ -172,11 +184,10 @@ class FolderBucket:
         try:
             _with_parents(os.link, temporary, path)
         except FileExistsError:
+            if os.path.isdir(path):  # a directory of objects stands where the object should
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)) from None
             return False
         return True
-
-    def _rename(self, temporary: str, path: str) -> None:
-        _with_parents(os.replace, temporary, path)
 
     def _digest(self, name: str) -> str:
         digest = hashlib.sha256()
@@ -187,8 +198,8 @@ class FolderBucket:
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         folder = os.path.join(self.root, ".lock")
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        path = os.path.join(folder, hashlib.sha256(name.encode()).hexdigest())
+        _make_folder(folder)
+        path = os.path.join(folder, hashlib.sha256(name.encode()).hexdigest()[:2])  # 256 files at most
         with open(path, "wb") as file:
             deadline = time.monotonic() + LOCK_SECONDS
             while True:
@@ -202,14 +213,28 @@ class FolderBucket:
             yield
 
     @contextmanager
-    def _translated(self, name: str) -> Iterator[None]:
+    def _translated(self, name: str, *, reading: bool = False) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError:
-            raise Missing(f"there is no {name} in {self.url}") from None
+        except _Outside as outside:
+            raise outside.args[0] from None
         except OSError as error:
+            if reading and isinstance(error, ABSENT):
+                raise Missing(f"there is no {name} in {self.url}") from None
             kind = BucketRefused if error.errno in REFUSALS else BucketError
-            raise kind(f"the bucket folder {self.root} cannot hold {name}: {error.strerror}") from error
+            hint = "repair that, or choose another folder with GCS_DIR"
+            raise kind(f"the folder {self.root} cannot hold {name}: {error.strerror}; {hint}") from error
+
+
+class _Outside(Exception):
+    """Something went wrong in the content that we were given, and not in the bucket."""
+
+
+def _content(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    try:
+        yield from pieces
+    except OSError as error:
+        raise _Outside(error) from None
 
 
 def _version(data: bytes) -> str:
@@ -279,5 +304,13 @@ def _with_parents(act: Callable[[str, str], None], temporary: str, path: str) ->
     try:
         act(temporary, path)
     except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        _make_folder(os.path.dirname(path))
         act(temporary, path)
+
+
+def _make_folder(path: str) -> None:
+    """Private all the way down: the mode given to makedirs holds for the last directory only."""
+    if not os.path.isdir(path):
+        _make_folder(os.path.dirname(path))
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)

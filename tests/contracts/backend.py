@@ -1,0 +1,82 @@
+"""What every backend keeps, whatever rents the machines. Subclass it, and give it a rig."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import pytest
+
+from cloudrun.backends import Backend, Boot
+from cloudrun.errors import CloudrunError
+
+RUNS = ("toy-20261125-101112-00ff", "a_b-c-20261125-101112-00ff", "x" * 41 + "-20261125-101112-00ff")
+
+
+class Rig(Protocol):
+    backend: Backend
+
+    def boot(self, run: str, attempt: int, seconds: float) -> Boot:
+        """For a machine that does nothing, and ends by itself after so long."""
+
+
+class BackendContract:
+    @pytest.fixture
+    def rig(self) -> Rig:
+        raise NotImplementedError
+
+    def make(self, rig: Rig, run: str = RUNS[0], attempt: int = 1, seconds: float = 60.0) -> str:
+        name = f"{run}-{attempt}"
+        rig.backend.create(name, rig.backend.offers()[0], rig.boot(run, attempt, seconds))
+        return name
+
+    def test_offers_are_machines_with_a_price_or_none(self, rig: Rig) -> None:
+        assert rig.backend.offers()
+        for offer in rig.backend.offers():
+            assert offer.what and offer.boot_seconds >= 0 and (offer.price is None or offer.price >= 0)
+
+    def test_what_was_never_created_is_absent_and_can_be_stopped(self, rig: Rig) -> None:
+        assert rig.backend.find("nothing-1") is None
+        rig.backend.stop("nothing-1")
+        assert rig.backend.console("nothing-1") == ""
+        assert isinstance(rig.backend.by_hand("nothing-1"), str)
+
+    @pytest.mark.parametrize("run", RUNS)
+    def test_a_created_machine_is_found_with_its_labels(self, rig: Rig, run: str) -> None:
+        name = self.make(rig, run, 3)
+        for found in (rig.backend.find(name), *rig.backend.all()):
+            assert found and (found.name, found.run, found.attempt) == (name, run, 3)
+            assert found.alive and found.ended is None and found.deadline == "2027-01-01T00:00:00.000Z"
+            assert abs(found.started - time.time()) < 60
+        assert name in rig.backend.by_hand(name) or "kill" in rig.backend.by_hand(name)
+
+    def test_stop_ends_it_and_may_be_repeated(self, rig: Rig) -> None:
+        name = self.make(rig)
+        for _ in range(3):
+            rig.backend.stop(name)
+            assert rig.backend.find(name) is None
+            assert rig.backend.all() == []
+
+    def test_stop_ends_only_its_own(self, rig: Rig) -> None:
+        first, eleventh = self.make(rig, attempt=1), self.make(rig, attempt=11)
+        rig.backend.stop(first)
+        assert [found.name for found in rig.backend.all()] == [eleventh]
+        rig.backend.stop(eleventh)
+
+    def test_a_name_is_created_once(self, rig: Rig) -> None:
+        name = self.make(rig)
+        with pytest.raises(CloudrunError):
+            self.make(rig)
+        assert [found.name for found in rig.backend.all()] == [name]
+        rig.backend.stop(name)
+        assert rig.backend.find(name) is None
+
+    def test_a_machine_that_ended_by_itself_says_so_until_it_is_stopped(self, rig: Rig) -> None:
+        name, deadline = self.make(rig, seconds=0.2), time.monotonic() + 20
+        while not ((found := rig.backend.find(name)) and found.ended):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert found.why and not found.alive and abs(found.ended - time.time()) < 60
+        assert rig.backend.all() == []
+        rig.backend.stop(name)
+        assert rig.backend.find(name) is None

@@ -1,0 +1,196 @@
+"""Seeing a machine ended: the grace it gets, refusals, who ended it, and the bill that follows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import OFFER, FakeBackend
+
+from cloudrun.backends import Boot
+from cloudrun.bill import Ended, close, forget, see_ended
+from cloudrun.errors import StillRunning
+from cloudrun.formats import canonical
+from cloudrun.limits import DEFAULTS
+from cloudrun.order import Order
+from cloudrun.runs import read_bill
+from cloudrun.storage.folder import FolderBucket
+
+NAME = "toy-20261125-101112-00ff-1"
+LONG = {"grace": 60.0, "limit": 60.0, "layer": "lease"}
+
+
+def make_order(**fields: Any) -> Order:
+    given: dict[str, Any] = {
+        "run": NAME[:-2],
+        "project": "toy",
+        "backend": "fake",
+        "created": "2026-11-25T10:11:12.000Z",
+        "deadline": "2026-11-26T10:11:12.000Z",
+        "seconds": 86400.0,
+        "limited_by": "deadline",
+        "price": 3.6,
+        "argv": ["main.py"],
+        "outputs": ["model", "checkpoint"],
+        "folders": ["data", "model", "checkpoint"],
+        "env": [],
+        "if_client_lost": "finish",
+        "manifest": {"sha256": "0" * 64, "files": 1, "bytes": 1},
+        "agent": ["toy/blobs/" + "0" * 64, "0" * 64],
+        "limits": dict(DEFAULTS),
+        "origin": ["here", "/toy"],
+    }
+    return Order(**{**given, **fields})
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    backend = FakeBackend()
+    backend.create(NAME, OFFER, Boot(NAME[:-2], 1, "2027-01-01T00:00:00.000Z", {}))
+    backend.calls.clear()
+    return backend
+
+
+def at_find(backend: FakeBackend, number: int, act: Callable[[], object]) -> None:
+    """`act` as the machine is looked at for the number-th time: no clock is needed."""
+
+    def called(what: str) -> None:
+        if what == "find" and backend.calls.count("find") == number:
+            act()
+
+    backend.on_call = called
+
+
+def test_a_machine_that_ends_itself_in_its_grace_is_not_ended_by_us(backend: FakeBackend) -> None:
+    at_find(backend, 3, lambda: backend.ends(NAME, "the run is finished"))
+    ended = see_ended(backend, NAME, **LONG)
+    assert ended.layer == "agent" and ended.started and ended.started <= ended.ended
+    assert backend.calls == ["find", "find", "find", "stop"]  # that one frees what it left
+    assert backend.machines == {}
+    assert ended.proof.startswith(f"fake: no {NAME}, seen ")
+
+
+def test_the_guards_end_is_told_from_the_agents(backend: FakeBackend) -> None:
+    backend.ends(NAME, "the agent was silent for 300 s")
+    assert see_ended(backend, NAME, **LONG).layer == "guard"
+
+
+def test_without_grace_it_is_stopped_at_once(backend: FakeBackend) -> None:
+    ended = see_ended(backend, NAME, grace=0, limit=60, layer="sweep")
+    assert ended.layer == "sweep" and backend.calls[:2] == ["find", "stop"] and backend.machines == {}
+
+
+def test_a_machine_whose_guard_is_gone_gets_no_grace(backend: FakeBackend) -> None:
+    backend.machines[NAME] = backend.machines[NAME].__class__(
+        **{**backend.machines[NAME].__dict__, "alive": False}
+    )
+    started = time.monotonic()
+    assert see_ended(backend, NAME, **LONG).layer == "lease"
+    assert time.monotonic() - started < 30
+
+
+def test_absent_is_ended(backend: FakeBackend) -> None:
+    ended = see_ended(backend, "never-1", grace=60, limit=60, layer="lease")
+    assert ended.started is None and abs(ended.ended - time.time()) < 60
+
+
+def test_a_stop_that_is_refused_is_tried_again(backend: FakeBackend) -> None:
+    backend.refuse_stop = True
+    at_find(backend, 4, lambda: setattr(backend, "refuse_stop", False))
+    assert see_ended(backend, NAME, grace=0, limit=60, layer="lease").layer == "lease"
+    assert backend.calls.count("stop") >= 4
+
+
+def test_a_provider_that_does_not_answer_is_asked_again(backend: FakeBackend) -> None:
+    backend.unreachable = 5
+    see_ended(backend, NAME, grace=0, limit=60, layer="lease")
+    assert backend.machines == {}
+
+
+def test_a_backend_with_a_bug_does_not_keep_the_machine(backend: FakeBackend) -> None:
+    """The undo step goes on whatever is raised inside it."""
+
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    at_find(backend, 2, broken)
+    backend.refuse_stop = True
+    with pytest.raises(StillRunning):
+        see_ended(backend, NAME, grace=0, limit=0.3, layer="lease")
+
+
+def test_what_cannot_be_seen_ended_is_said_with_the_command(backend: FakeBackend) -> None:
+    backend.refuse_stop = True
+    with pytest.raises(StillRunning) as error:
+        see_ended(backend, NAME, grace=0, limit=0.1, layer="lease")
+    assert NAME in str(error.value) and "no permission to stop it" in str(error.value)
+    assert f"by hand: fake-cloud stop {NAME}" in str(error.value) and error.value.exit_code == 122
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> FolderBucket:
+    bucket = FolderBucket(str(tmp_path))
+    bucket.create("open/" + NAME[:-2], canonical({"run": NAME[:-2], "project": "toy"}))
+    bucket.create(make_order().prefix + "/env.json", b'{"KEY":"secret"}')
+    return bucket
+
+
+def ends(*spans: tuple[float | None, float]) -> list[Ended]:
+    return [Ended(f"m{i}", start, end, "agent", f"seen {i}") for i, (start, end) in enumerate(spans)]
+
+
+def test_a_bill_sums_the_machines_up(bucket: FolderBucket) -> None:
+    order = make_order()
+    close(bucket, order, ends((1000, 1100.5), (1200, 1300)), "exited", 3)
+    bill = read_bill(bucket, order)
+    assert bill == {
+        "reason": "exited",
+        "exit_code": 3,
+        "started": "1970-01-01T00:16:40.000Z",
+        "ended": "1970-01-01T00:21:40.000Z",
+        "seconds": 200.5,
+        "price": 3.6,
+        "cost": 0.2005,
+        "layer": "agent",
+        "proof": "seen 1",
+        "attempts": 2,
+    }
+    assert list(bucket.names("open/")) == [] and bucket.size(order.prefix + "/env.json") is None
+
+
+def test_what_is_not_known_is_not_invented(bucket: FolderBucket) -> None:
+    order = make_order()
+    close(bucket, order, ends((None, 1100), (1200, 1300)), "exited", 0)
+    bill = read_bill(bucket, order)
+    assert bill and bill["seconds"] is bill["cost"] is None
+
+
+def test_an_unknown_price_is_an_unknown_cost(bucket: FolderBucket) -> None:
+    order = make_order(price=None)
+    close(bucket, order, ends((1000, 1100)), "exited", 0)
+    bill = read_bill(bucket, order)
+    assert bill and bill["seconds"] == 100 and bill["cost"] is None
+
+
+def test_no_machine_at_all(bucket: FolderBucket) -> None:
+    order = make_order()
+    close(bucket, order, [], "stopped", 130)
+    bill = read_bill(bucket, order)
+    assert bill and (bill["layer"], bill["seconds"], bill["started"]) == ("none", 0, None)
+
+
+def test_the_first_bill_stands(bucket: FolderBucket) -> None:
+    order = make_order()
+    close(bucket, order, ends((1000, 1100)), "exited", 0)
+    close(bucket, order, ends((1000, 9999)), "lost", 121)
+    bill = read_bill(bucket, order)
+    assert bill and bill["seconds"] == 100 and bill["exit_code"] == 0
+
+
+def test_forget_may_be_repeated(bucket: FolderBucket) -> None:
+    for _ in range(2):
+        forget(bucket, make_order().prefix, NAME[:-2])
+    assert list(bucket.names("open/")) == []

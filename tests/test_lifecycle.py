@@ -1,0 +1,696 @@
+"""The life of a run, interrupted everywhere, with a toy backend and real signals: nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from fakes import OFFER, ActingBucket, ActingReport, FakeAgent, FakeBackend, receipt_of
+
+from cloudrun import bill as billing
+from cloudrun import cli, commands, run
+from cloudrun.backends import Offer
+from cloudrun.config import Settings, from_env
+from cloudrun.errors import BucketError, BucketRefused, CloudrunError, Interrupted, StillRunning
+from cloudrun.formats import canonical
+from cloudrun.order import Order
+from cloudrun.run import Client
+from cloudrun.runs import read_bill
+from cloudrun.signals import Signals
+from cloudrun.start import Wanted, prepare, store
+
+STAGES = ("scan", "offer", "send", "order", "create", "created", "follow", "stop", "bill", "pull")
+LIMITS = "CLOUDRUN_LIMITS"
+OPTIONS = {"detach": False, "json_file": None}
+
+
+class World:
+    """A toy project, a fake backend with a fake agent on its machines, and a client."""
+
+    def __init__(self, top: Path, *attempts: str, **limits: float) -> None:
+        self.top = top
+        self.backend = FakeBackend()
+        self.bucket = ActingBucket(str(top / "bucket"))
+        self.agent = self.bucket.agent = FakeAgent(self.backend, self.bucket, *attempts)
+        self.report = ActingReport()
+        table = {"stop": 0.2, "self_end": 0.2, "boot": 0.6, "agent_silence": 5, **limits}
+        text = ",".join(f"{name}={value}" for name, value in table.items())
+        self.settings: Settings = from_env({LIMITS: text}, "/toy", backend="local")
+
+    def client(self, signals: Signals) -> Client:
+        return Client(self.bucket, self.backend, self.report, signals)
+
+    def order(self, **wanted: Any) -> Order:
+        prepared = prepare(self.settings, self.bucket)
+        words = Wanted(["main.py"], {"SECRET": "hidden"}, **wanted)
+        return store(prepared, self.settings, words, OFFER.price, (self.bucket, self.report))
+
+    def whole(self) -> int:
+        """`cloudrun main.py`, below the command line."""
+        with Signals() as signals:
+            words = Wanted(["main.py"], {"SECRET": "hidden"})
+            return cli.start_and_follow(self.client(signals), self.settings, words, OPTIONS)
+
+    def execute(self, order: Order, **more: Any) -> Any:
+        with Signals() as signals:
+            return run.execute(self.client(signals), order, OFFER, **more)
+
+    def assert_ended(self) -> None:
+        assert self.backend.alive() == []
+        if "create" in self.backend.calls:
+            last_create = max(i for i, call in enumerate(self.backend.calls) if call == "create")
+            assert "stop" in self.backend.calls[last_create:]
+
+    def assert_closed(self) -> None:
+        assert list(self.bucket.names("open/")) == []
+        assert not any(name.endswith("/env.json") for name in self.bucket.names(""))
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    project = tmp_path / "toy"
+    (project / "model").mkdir(parents=True)
+    (project / "main.py").write_text("print('hello')\n")
+    monkeypatch.chdir(project)
+    numbers = iter(range(100_000))
+
+    def world(*attempts: str, **limits: float) -> World:
+        (project / "model" / "result").unlink(missing_ok=True)
+        top = tmp_path / f"world{next(numbers)}"
+        top.mkdir()
+        return World(top, *attempts, **limits)
+
+    return world
+
+
+@pytest.fixture(autouse=True)
+def same_handlers() -> Iterator[None]:
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    yield
+    after = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert after == before
+
+
+def kill(signum: int = signal.SIGINT) -> None:
+    os.kill(os.getpid(), signum)
+
+
+# --- the story
+
+
+def test_a_run_goes_through_its_stages_and_leaves_nothing(make: Callable[..., World]) -> None:
+    world = make()
+    assert world.whole() == 0
+    assert tuple(world.report.stages) == STAGES
+    calls = [call for call in world.backend.calls if call in ("create", "stop")]
+    assert calls == ["create", "stop"]
+    world.assert_ended()
+    world.assert_closed()
+    assert Path("model/result").read_bytes() == b"result"
+    assert world.report.lines[-1].startswith("exit 0 · ran 0.5 s · billed ")
+    assert "1 output fetched (6 B)" in world.report.lines[-1]
+
+
+def test_the_exit_code_is_the_programs_own(make: Callable[..., World]) -> None:
+    world = make()
+    world.agent.status = 77
+    assert world.whole() == 77
+
+
+def test_bill_has_times_cost_layer_and_proof(make: Callable[..., World]) -> None:
+    world = make()
+    order = world.order()
+    world.execute(order)
+    bill = read_bill(world.bucket, order)
+    assert bill and bill["layer"] == "agent" and bill["attempts"] == 1 and bill["exit_code"] == 0
+    assert bill["cost"] == pytest.approx(bill["seconds"] / 1000, abs=1e-5)  # at 3.6 USD/h
+    assert bill["proof"].startswith(f"fake: no {order.run}-1, seen ")
+
+
+def test_the_boot_payload_has_no_more_time_than_the_order(make: Callable[..., World]) -> None:
+    """A clock that was set back after the order was written lengthens nothing."""
+    world = make()
+    order = world.order()
+    late = Order(**{**order.__dict__, "deadline": "2199-01-01T00:00:00.000Z"})
+    assert run.boot_of(world.bucket, late, 1, "x-1").payload["left"] == order.seconds
+
+
+# --- interrupted at every stage, and at every call
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("times", [1, 2])
+def test_signals_as_a_stage_begins(make: Callable[..., World], stage: str, times: int, signum: int) -> None:
+    world = make("state log nothing" if stage == "follow" else "state log receipt")
+
+    def act(name: str) -> None:
+        for _ in range(times * (name == stage)):
+            kill(signum)
+
+    world.report.on_stage = act
+    code = outcome_of(world)
+    world.assert_ended()
+    if stage == "stop":
+        assert code == 0  # the program had ended by itself
+    else:
+        assert code == 128 + signum
+    if stage in ("create", "created"):
+        assert read_bill(world.bucket, latest(world))["exit_code"] == 128 + signum  # type: ignore[index]
+    if stage != "bill":
+        world.assert_closed()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_raises(make: Callable[..., World], stage: str) -> None:
+    world = make()
+
+    def act(name: str) -> None:
+        if name == stage:
+            raise Interrupted(signal.SIGINT)
+
+    world.report.on_stage = act
+    assert outcome_of(world) == 130
+    world.assert_ended()
+    if stage != "bill":
+        world.assert_closed()
+
+
+def outcome_of(world: World) -> int:
+    try:
+        return world.whole()
+    except Interrupted as error:
+        return error.exit_code
+
+
+def latest(world: World) -> Order:
+    from cloudrun.runs import load
+
+    (name,) = world.bucket.dirs("toy/runs/")
+    return load(world.bucket, "toy", name)
+
+
+def counted_events(world: World, first: int, second: int, act: Callable[[], None]) -> Callable[[], int]:
+    """Calls `act` at the events of these numbers; what is returned tells how many there were."""
+    count = 0
+
+    def event(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count in (first, second):
+            act()
+
+    world.report.on_stage = world.bucket.on_call = world.backend.on_call = event
+    return lambda: count
+
+
+@pytest.mark.parametrize("apart", [None, 1, 4, 20])
+def test_signals_at_every_call(make: Callable[..., World], apart: int | None) -> None:
+    """Before and after every request to the bucket and the backend, in every stage."""
+    first, codes = 0, set()
+    while True:
+        first += 1
+        world = make()
+        count = counted_events(world, first, first + apart if apart else 0, kill)
+        codes.add(outcome_of(world))
+        world.assert_ended()
+        if count() < first:
+            break
+    assert first > 60 and codes == {0, 130}
+
+
+# --- at every bytecode of the lease and what it calls
+
+
+@contextmanager
+def traced(codes: set[Any], act: Callable[[FrameType], None]) -> Iterator[None]:
+    def local(frame: FrameType, event: str, argument: object) -> Any:
+        if event == "opcode":
+            act(frame)
+        return local
+
+    def tracer(frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code not in codes:
+            return None
+        frame.f_trace_opcodes = True
+        return local
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def lease_codes() -> set[Any]:
+    methods = [run.execute, run.lease.__wrapped__, billing.see_ended, run.settle]  # type: ignore[attr-defined]
+    manager = type(run.lease(None, None, 1, None, None))  # type: ignore[arg-type]
+    methods += [manager.__enter__, manager.__exit__, FakeBackend.create, FakeBackend.stop, FakeBackend.find]
+    return {method.__code__ for method in methods}
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_signals_at_every_bytecode(make: Callable[..., World], second: bool) -> None:
+    """As the handler would do it, between any two; the second one comes as the machine is stopped."""
+    codes, point, created = lease_codes(), 0, 0
+    order = make().order()
+    while True:
+        point += 3 if second else 1
+        world, reached = make("state receipt"), 0
+        with Signals() as signals:
+            client = world.client(signals)
+
+            def act(frame: FrameType, point: int = point, signals: Signals = signals) -> None:
+                nonlocal reached
+                reached += 1
+                if reached == point:
+                    signals._handle(signal.SIGINT, frame)
+
+            def stopping(call: str) -> None:
+                if second and call == "stop":
+                    kill()
+
+            world.backend.on_call = stopping
+            try:
+                with traced(codes, act):
+                    run.execute(client, order, OFFER)
+            except Interrupted:
+                pass
+        assert world.backend.alive() == [], point
+        created += "created" in world.backend.calls
+        if "create" in world.backend.calls:
+            world.assert_ended()
+        if reached < point:
+            break
+    assert point > 500 and created > 100
+
+
+# --- create and stop that go wrong
+
+
+def test_a_create_that_raised_after_starting_is_stopped(make: Callable[..., World]) -> None:
+    world = make()
+    world.backend.fail_after_start = True
+    with pytest.raises(CloudrunError, match="the answer was lost") as error:
+        world.whole()
+    assert error.value.exit_code == 125
+    world.assert_ended()
+    world.assert_closed()
+    bill = read_bill(world.bucket, latest(world))
+    assert bill and bill["exit_code"] == 125 and bill["reason"] == "failed" and bill["seconds"] is not None
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_machine_that_cannot_be_stopped_is_said_loudly(
+    make: Callable[..., World], interrupted: bool
+) -> None:
+    world = make("state nothing" if interrupted else "state badreceipt")
+    world.backend.refuse_stop = True
+    world.report.on_stage = lambda name: kill() if interrupted and name == "created" else None
+    with pytest.raises(StillRunning, match=r"no permission(?s:.)*by hand: fake-cloud stop toy-") as error:
+        world.whole()
+    assert error.value.exit_code == 122
+    assert len(world.backend.alive()) == 1
+    assert read_bill(world.bucket, latest(world)) is None  # the bill is open, and everybody can see it
+    assert len(list(world.bucket.names("open/"))) == 1
+
+
+def test_the_bucket_does_not_hide_a_machine_that_still_runs(make: Callable[..., World]) -> None:
+    world = make("state badreceipt")
+    world.backend.refuse_stop = True
+
+    def stage(name: str) -> None:
+        if name == "stop":
+            world.bucket.refuse = lambda method, name: BucketError("the bucket is gone")
+
+    world.report.on_stage = stage
+    with pytest.raises(StillRunning):
+        world.whole()
+
+
+def test_no_machine_can_be_had(make: Callable[..., World]) -> None:
+    world = make()
+    world.backend.offers = list  # type: ignore[method-assign]
+    with pytest.raises(CloudrunError, match="no such machine now"):
+        world.whole()
+    assert "create" not in world.backend.calls
+
+
+# --- a bucket and a provider that do not answer
+
+
+def test_a_bucket_out_of_reach_does_not_end_the_run(make: Callable[..., World]) -> None:
+    world = make("state log nothing nothing nothing receipt")
+    left = [3]
+
+    def refuse(method: str, name: str) -> BucketError | None:
+        if method == "get" and "/log/" in name and left[0] and "follow" in world.report.stages:
+            left[0] -= 1
+            return BucketError("no route to host")
+        return None
+
+    world.bucket.refuse = refuse
+    assert world.whole() == 0 and left == [0]
+
+
+def test_signals_end_the_run_while_the_bucket_is_out_of_reach(make: Callable[..., World]) -> None:
+    world = make("nothing")
+
+    def stage(name: str) -> None:
+        if name == "follow":
+            world.bucket.refuse = lambda method, name: BucketError("no route to host")
+            kill()
+            kill()
+
+    world.report.on_stage = stage
+    outcome = world.execute(world.order())
+    assert (outcome.exit_code, outcome.reason) == (130, "stopped")
+    world.assert_ended()
+    assert any("the bill could not be closed" in line for line in world.report.lines)
+
+
+def test_the_first_signal_is_passed_on_once_the_bucket_is_back(make: Callable[..., World]) -> None:
+    world = make("state nothing")
+    refused = []
+
+    def refuse(method: str, name: str) -> BucketError | None:
+        if method == "swap" and name.endswith("control.json") and not refused:
+            refused.append(name)
+            return BucketError("no route to host")
+        return None
+
+    world.bucket.refuse = refuse
+    world.report.on_stage = lambda name: kill(signal.SIGTERM) if name == "follow" else None
+    assert world.whole() == 143 and refused
+
+
+def test_a_provider_that_does_not_answer_does_not_end_the_run(make: Callable[..., World]) -> None:
+    world = make("state " + "nothing " * 800 + "receipt")
+    world.report.on_stage = lambda name: setattr(world.backend, "unreachable", 2 * (name == "follow"))
+    assert world.whole() == 0 and world.backend.unreachable == 0
+
+
+@pytest.mark.parametrize("what", ["bill.json", "outputs.json"])
+def test_a_bucket_that_refuses_at_the_end_keeps_the_outcome(make: Callable[..., World], what: str) -> None:
+    world = make()
+    world.agent.status = 5
+
+    def refuse(method: str, name: str) -> BucketError | None:
+        refused = name.endswith(what) and method in ("create", "get")
+        return BucketRefused(f"cannot hold {name}: no space") if refused else None
+
+    world.bucket.refuse = refuse
+    assert world.whole() == 5
+    world.assert_ended()
+    assert any("no space" in line for line in world.report.lines)
+
+
+@pytest.mark.parametrize("what", ["manifest.jsonl", "env.json", "order.json", "claim.json", "open/"])
+def test_a_bucket_that_refuses_before_the_machine_costs_nothing(
+    make: Callable[..., World], what: str
+) -> None:
+    world = make()
+
+    def refuse(method: str, name: str) -> BucketError | None:
+        return (
+            BucketRefused(f"cannot hold {name}: read-only") if method == "create" and what in name else None
+        )
+
+    world.bucket.refuse = refuse
+    with pytest.raises(BucketRefused, match="read-only") as error:
+        world.whole()
+    assert error.value.exit_code == 125 and "create" not in world.backend.calls
+    world.bucket.refuse = lambda method, name: None
+    world.assert_closed()
+
+
+# --- what comes from the machine is data
+
+
+def test_a_damaged_receipt_is_an_unknown_outcome_and_the_machine_is_ended(
+    make: Callable[..., World],
+) -> None:
+    world = make("state log badreceipt")
+    assert world.whole() == 121
+    world.assert_ended()
+    world.assert_closed()
+    assert any("outcome unknown" in line and "receipt.json is damaged" in line for line in world.report.lines)
+
+
+@pytest.mark.parametrize("word", ["badlog", "badstate"])
+def test_damaged_words_do_not_end_the_run(make: Callable[..., World], word: str) -> None:
+    assert make(f"state {word} receipt").whole() == 0
+
+
+@pytest.mark.parametrize(
+    ("turns", "console", "code", "words"),
+    [
+        ("state vanish", "", 121, "outcome unknown (the machine is gone)"),
+        ("vanish", "", 125, "the machine gave no sign of life"),
+        ("state preempted", "", 121, "the machine was taken away; run it again to go on"),
+    ],
+)
+def test_a_machine_that_goes_without_a_receipt(
+    make: Callable[..., World], turns: str, console: str, code: int, words: str
+) -> None:
+    world = make(turns)
+    world.backend.words = console
+    with Signals() as signals:
+        slow = Offer("a machine that boots for longer than the run may last", 3.6, 1e9)
+        outcome = run.execute(world.client(signals), world.order(), slow)
+    assert outcome
+    assert outcome.exit_code == code and words in outcome.words
+    world.assert_ended()
+    world.assert_closed()
+
+
+@pytest.mark.parametrize(
+    ("console", "code", "words"),
+    [
+        ("CLOUDRUN-FATAL the agent is damaged\n", 125, "main.py was not started: the agent is damaged"),
+        ("cloudrun guard: the deadline was reached\n", 124, "ended at the deadline"),
+        ("kernel panic\n", 125, "the machine gave no sign of life"),
+    ],
+)
+def test_what_the_console_says_is_passed_on(
+    make: Callable[..., World], console: str, code: int, words: str
+) -> None:
+    world = make("nothing")
+    order = world.order()
+    world.backend.words = console
+    world.backend.on_call = lambda call: (
+        world.backend.ends(f"{order.run}-1", "went") if call == "created" else None
+    )
+    outcome = world.execute(order)
+    assert outcome.exit_code == code and words in outcome.words
+
+
+def test_silence_and_the_deadline_end_a_machine(make: Callable[..., World]) -> None:
+    world = make("state nothing", agent_silence=0.2, state=0.1)
+    outcome = world.execute(world.order())
+    assert outcome.exit_code == 121 and "silent" in outcome.words
+    world.assert_ended()
+    world = make("state", provider=0.1)
+    world.settings = from_env({LIMITS: "provider=0.1"}, "/toy", max_hours=0.0004)
+    outcome = world.execute(world.order())
+    assert (outcome.exit_code, outcome.reason) == (124, "deadline")
+    world.assert_ended()
+
+
+# --- several clients, several attempts
+
+
+def test_a_preempted_run_goes_on_with_the_next_attempt(make: Callable[..., World]) -> None:
+    world = make("state log preempted", "state log receipt")
+    order = world.order()
+    outcome = world.execute(order)
+    assert outcome.exit_code == 0 and [boot.attempt for boot in world.backend.boots] == [1, 2]
+    bill = read_bill(world.bucket, order)
+    assert bill and bill["attempts"] == 2
+    world.assert_ended()
+
+
+def test_a_preempted_run_that_was_to_end_does_not_go_on(make: Callable[..., World]) -> None:
+    world = make("state nothing preempted", "state receipt")
+    world.agent.obeys = False
+    order = world.order()
+    world.report.on_stage = lambda name: kill() if name == "follow" else None
+    outcome = world.execute(order)
+    assert outcome.reason == "preempted" and len(world.backend.boots) == 1
+
+
+def test_who_loses_the_claim_sees_the_run_through(make: Callable[..., World]) -> None:
+    """Another client claims the second attempt first, and its machine finishes the run."""
+    world = make("state preempted", "state log receipt")
+    order = world.order()
+
+    def faster(method: str, name: str) -> None:
+        if method == "create" and name.endswith("attempts/2/claim.json"):
+            world.bucket.on_call = lambda method, name: None
+            with Signals() as signals:
+                other = world.client(signals)
+                assert run.claim(other, order, 2, OFFER)
+                boot = run.boot_of(world.bucket, order, 2, f"{order.run}-2")
+                world.backend.create(f"{order.run}-2", OFFER, boot)
+
+    world.bucket.on_call = faster
+    outcome = world.execute(order)
+    assert outcome.exit_code == 0 and len(world.backend.boots) == 2
+    bill = read_bill(world.bucket, order)
+    assert bill and bill["attempts"] == 2 and bill["seconds"] is not None
+    world.assert_ended()
+    world.assert_closed()
+
+
+def test_two_clients_never_make_two_machines(make: Callable[..., World]) -> None:
+    """`wait` decides to go on at the moment at which the first client has claimed the next attempt."""
+    world = make("state preempted", "state receipt")
+    order = world.order()
+    with Signals() as signals:
+        client = world.client(signals)
+        run.claim(client, order, 1, OFFER)
+        name = f"{order.run}-1"
+        world.backend.create(name, OFFER, run.boot_of(world.bucket, order, 1, name))
+
+        def faster(call: str) -> None:
+            if call == "offers" and len(world.backend.boots) == 1:
+                world.backend.on_call = lambda call: None
+                run.claim(world.client(signals), order, 2, OFFER)
+                second = f"{order.run}-2"
+                world.backend.create(second, OFFER, run.boot_of(world.bucket, order, 2, second))
+
+        world.backend.on_call = faster
+        outcome = run.see_through(client, order)
+    assert outcome.exit_code == 0 and [boot.attempt for boot in world.backend.boots] == [1, 2]
+
+
+def test_wait_continues_a_preempted_run_and_ctrl_c_leaves_it_alone(make: Callable[..., World]) -> None:
+    world = make("state preempted", "state nothing")
+    order = world.order()
+    with Signals() as signals:
+        client = world.client(signals)
+        run.claim(client, order, 1, OFFER)
+        world.backend.create(f"{order.run}-1", OFFER, run.boot_of(world.bucket, order, 1, f"{order.run}-1"))
+        follows = []
+
+        def stage(name: str) -> None:
+            follows.append(name)
+            if follows.count("follow") == 2:
+                kill()
+
+        world.report.on_stage = stage
+        with pytest.raises(Interrupted):
+            run.see_through(client, order)
+    assert world.backend.alive() == [f"{order.run}-2"]
+    assert read_bill(world.bucket, order) is None
+    world.agent.attempts[1] = ["receipt"]
+    world.report.on_stage = lambda name: None
+    with Signals() as signals:
+        assert run.see_through(world.client(signals), order).exit_code == 0
+    world.assert_ended()
+    assert (read_bill(world.bucket, order) or {})["attempts"] == 2
+
+
+def test_detach_leaves_the_machine_and_returns_nothing(make: Callable[..., World]) -> None:
+    world = make("nothing nothing state")
+    assert world.execute(world.order(), detach=True) is None
+    assert len(world.backend.alive()) == 1 and "stop" not in world.backend.calls
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_stop_before_the_first_machine_claims_it_away(make: Callable[..., World], now: bool) -> None:
+    world = make()
+    order = world.order()
+    with Signals() as signals:
+        assert commands.stop(world.client(signals), world.settings, order.run, now=now) == 0
+    outcome = world.execute(order)  # its client comes too late
+    assert outcome.exit_code == 130 and "create" not in world.backend.calls
+    world.assert_closed()
+
+
+def test_stop_now_is_the_users_end_for_the_first_client_too(make: Callable[..., World]) -> None:
+    world = make("state nothing")
+    world.agent.obeys = False
+    order, looked = world.order(), []
+
+    def call(what: str) -> None:
+        looked.append(what)
+        if what == "find" and looked.count("find") == 2:
+            with Signals() as signals:
+                commands.stop(world.client(signals), world.settings, order.run, now=True)
+
+    world.backend.on_call = call
+    outcome = world.execute(order)
+    assert (outcome.exit_code, outcome.reason) == (130, "stopped")
+    world.assert_ended()
+
+
+def test_the_heartbeat_is_written_only_for_those_who_asked(make: Callable[..., World]) -> None:
+    world = make()
+    order = world.order()
+    world.execute(order)
+    assert world.bucket.size(order.prefix + "/client.json") is None
+    world = make()
+    order = world.order(if_client_lost="stop")
+    world.execute(order)
+    assert world.bucket.size(order.prefix + "/client.json")
+
+
+def test_a_bill_is_closed_once(make: Callable[..., World]) -> None:
+    world = make()
+    order = world.order()
+    world.execute(order)
+    first = read_bill(world.bucket, order)
+    with Signals() as signals:
+        client = world.client(signals)
+        end = run.end_of(client, order, 1, grace=0)
+        run.settle(client, order, [end], run.Outcome("lost", 121, "late"))
+    assert read_bill(world.bucket, order) == first
+
+
+def test_a_receipt_that_came_late_has_the_last_word(make: Callable[..., World]) -> None:
+    world = make("state nothing")
+    world.agent.obeys = False
+    order = world.order()
+
+    def stage(name: str) -> None:
+        if name == "follow":
+            kill()
+            kill()
+        if name == "stop":
+            data = canonical(receipt_of(status=4))
+            super(ActingBucket, world.bucket).create(order.prefix + "/receipt.json", data)
+
+    world.report.on_stage = stage
+    assert world.execute(order).exit_code == 4
+
+
+def test_sweep_leaves_a_run_alone_that_is_just_starting(make: Callable[..., World]) -> None:
+    world = make()
+
+    def stage(name: str) -> None:
+        if name in ("create", "created", "follow"):
+            with Signals() as signals:
+                commands.sweep_up(world.client(signals))
+
+    world.report.on_stage = stage
+    assert world.whole() == 0
+
+
+def test_a_cost_cap_needs_a_price(make: Callable[..., World]) -> None:
+    world = make()
+    world.settings = from_env({}, "/toy", max_cost=1)
+    prepared = prepare(world.settings, world.bucket)
+    with pytest.raises(CloudrunError, match="needs a known price"):
+        store(prepared, world.settings, Wanted(["main.py"], {}), None, (world.bucket, world.report))
+    assert list(world.bucket.names("")) == []

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from cloudrun.backends import Backend
 from cloudrun.errors import BucketError, Conflict, StillRunning
@@ -17,8 +16,7 @@ from cloudrun.storage import Bucket
 POLL_SECONDS = 0.02
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(NamedTuple):
     """An instance was seen ended. `layer`: agent, guard, lease or sweep; started is None if nobody knows."""
 
     name: str
@@ -66,9 +64,9 @@ def as_claimed(bucket: Bucket, order: Order, attempt: int, ended: Ended) -> Ende
     with suppress(BucketError):
         claim, after = (attempt_object(bucket, order, n, "claim") for n in (attempt, attempt + 1))
         if claim and ended.started is None:
-            ended = replace(ended, started=seconds_of(claim["time"]))
+            ended = ended._replace(started=seconds_of(claim["time"]))
         if after:
-            ended = replace(ended, ended=min(ended.ended, seconds_of(after["time"])))
+            ended = ended._replace(ended=min(ended.ended, seconds_of(after["time"])))
     return ended
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import select
-import shutil
 import signal
 import sys
 import time
@@ -113,6 +112,8 @@ def end_local(why, started):
         for target in [-group for group in groups] + list(left):
             quietly(os.kill, target, signal.SIGKILL)
         time.sleep(0.005)
+    import shutil  # only now: it costs the start some milliseconds
+
     shutil.rmtree("work", ignore_errors=True)
     write("ended", f"{now() - started:.3f} {why}".encode())
 
@@ -128,8 +129,8 @@ def main():
         signal.signal(name, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
-        protect()
         agent, pipe = start_agent(boot, started + boot["left"])
+        protect()  # ourselves alone: the agent and main.py may be killed for their memory
         signal.signal(signal.SIGTERM, lambda *_: quietly(os.kill, agent, signal.SIGTERM))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         why = watch(boot, agent, pipe, started + boot["left"])

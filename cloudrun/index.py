@@ -16,18 +16,23 @@ from json.encoder import encode_basestring_ascii as quote
 SETTLED_NS = 2_000_000_000  # a file that changed this recently may change again without a new mtime
 
 
-def index_path(bucket_url: str, project: str) -> str | None:
-    """Where the index of this directory lives; None where there is no place for it."""
+def cache_folder() -> str | None:
+    """Where we keep what only saves time; None where there is no place for it."""
     import platformdirs
 
     try:
         folder = platformdirs.user_cache_dir("cloudrun")
     except RuntimeError:  # there is no home; older versions return a path with ~
         return None
-    if not os.path.isabs(folder):
-        return None
+    return folder if os.path.isabs(folder) else None
+
+
+def index_path(bucket_url: str, project: str) -> str | None:
+    """Where the index of this directory lives."""
+    folder = cache_folder()
     key = f"{os.getcwd()}\n{bucket_url}\n{project}"
-    return os.path.join(folder, "index", hashlib.sha256(os.fsencode(key)).hexdigest()[:32])
+    name = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
+    return os.path.join(folder, "index", name) if folder else None
 
 
 def stat_key(status: os.stat_result) -> str:

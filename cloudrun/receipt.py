@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from cloudrun.errors import FAILED, LIMIT, UNKNOWN, Corrupt
 from cloudrun.formats import parse, shown
@@ -27,8 +26,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a run ended, whoever said so. `reason`: exited, deadline, cost, stopped, client-lost, guard-lost,
     failed, preempted or lost; `exit_code` is cloudrun's own; `seconds` is main.py's run time, if known."""
 

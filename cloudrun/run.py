@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from cloudrun.backends import Backend, Boot, Offer
 from cloudrun.bill import Ended, as_claimed, close, see_ended
@@ -125,7 +125,7 @@ def lease(client: Client, order: Order, attempt: int, offer: Offer, machine: Lea
         if machine.grace is not None:
             limit, grace = order.limits["stop"], machine.grace
             ended = see_ended(client.backend, machine.name, grace=grace, limit=limit, layer="lease")
-            machine.ended = replace(ended, started=ended.started or machine.created)
+            machine.ended = ended._replace(started=ended.started or machine.created)
         client.signals.rearm()
 
 

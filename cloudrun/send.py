@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import queue
 import re
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from cloudrun.background import Background
 from cloudrun.errors import CloudrunError
 from cloudrun.formats import Entry, entry_line, shown
 from cloudrun.index import Index, settled, stat_key
@@ -113,9 +112,8 @@ class _Sender:
         self._bucket, self._blobs, self._progress = bucket, blobs, progress
         self._members: list[_Member] = []
         self._size = 0
-        self._queue: queue.Queue[list[_Member] | None] = queue.Queue()
-        self._error: Exception | None = None
-        self._thread: threading.Thread | None = None
+        self._packs = Background(self._store_pack, 1)
+        self.close = self._packs.close
 
     def pack(self, number: int, path: str) -> None:
         data, status = read_consistently(path)
@@ -147,34 +145,13 @@ class _Sender:
     def finish(self) -> None:
         """Store what is left. Raises what went wrong on the thread."""
         self._hand_over()
-        self._queue.join()
-        if self._error is not None:
-            raise self._error
-
-    def close(self) -> None:
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join()
+        self._packs.finish()
 
     def _hand_over(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._store_packs, daemon=True)
-            self._thread.start()
-        self._queue.join()
-        if self._error is not None:
-            raise self._error
-        self._queue.put(self._members)
-        self._members, self._size = [], 0
-
-    def _store_packs(self) -> None:
-        for members in iter(self._queue.get, None):
-            try:
-                if members:
-                    self._store_pack(members)
-            except Exception as error:  # raised again on the main thread, by its next call
-                self._error = error
-            members = []
-            self._queue.task_done()
+        self._packs.finish()
+        if self._members:
+            self._packs.put(self._members)
+            self._members, self._size = [], 0
 
     def _store_pack(self, members: list[_Member]) -> None:
         blob = self._bucket.put_blob(self._blobs, (data for *_, data in members))

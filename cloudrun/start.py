@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import py_compile
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from importlib.util import MAGIC_NUMBER, cache_from_source
+from typing import NamedTuple
 
 from cloudrun.bill import forget
 from cloudrun.config import Settings
@@ -23,14 +19,10 @@ from cloudrun.project import DATA, Scan, returned, scan, summary
 from cloudrun.report import Report, human_bytes
 from cloudrun.send import Plan, Sent, plan, send
 from cloudrun.storage import Bucket
-
-AGENT_MODULES = ("errors", "formats", "processes", "storage/__init__", "storage/folder")
-UNCHECKED = (1).to_bytes(4, "little") + bytes(8)  # the flags of a .pyc and the hash that nobody compares
-AGENT_MAIN = "from cloudrun.agent.main import main\n\nmain()\n"
+from cloudrun.zipapp import agent_archive
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """What the user asked for on the command line. `argv` starts with the script's path in the project."""
 
     argv: list[str]
@@ -39,12 +31,11 @@ class Wanted:
     if_client_lost: str = "finish"
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A project looked at, and nothing done yet."""
 
     scanned: Scan
-    index: Index
+    known: Index
     plan: Plan
 
 
@@ -146,47 +137,6 @@ def agent_of(bucket: Bucket, project: str) -> str:
     return sha256
 
 
-def agent_archive() -> bytes:
-    """The agent as a zipapp: the same bytes for the same sources and the same Python."""
-    package = os.path.dirname(os.path.abspath(__file__))
-    agent = sorted(name[:-3] for name in os.listdir(os.path.join(package, "agent")) if name.endswith(".py"))
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr(zipfile.ZipInfo("__main__.py"), AGENT_MAIN)
-        archive.writestr(zipfile.ZipInfo("cloudrun/__init__.py"), "")
-        for module in (*AGENT_MODULES, *(f"agent/{name}" for name in agent)):
-            path = os.path.join(package, module + ".py")
-            with open(path, "rb") as file:
-                archive.writestr(zipfile.ZipInfo(f"cloudrun/{module}.py"), file.read())
-            compiled = _compiled(path)
-            if compiled:
-                archive.writestr(zipfile.ZipInfo(f"cloudrun/{module}.pyc"), compiled)
-    return buffer.getvalue()
-
-
-def _compiled(path: str) -> bytes:
-    """Bytecode for a machine with this Python (another one ignores it), which starts 20 ms sooner.
-
-    Taken from the cache that every import uses, because only a stored file always has the same bytes;
-    marked as needing no check against the source's time, which a zip file does not keep.
-    """
-    status = os.stat(path)
-    of_source = (int(status.st_mtime) & 0xFFFFFFFF).to_bytes(4, "little")
-    of_source += (status.st_size & 0xFFFFFFFF).to_bytes(4, "little")
-    try:
-        cached = cache_from_source(path)
-        for tried in (False, True):
-            if tried:
-                py_compile.compile(path)
-            with suppress(FileNotFoundError), open(cached, "rb") as file:
-                compiled = file.read()
-                if compiled[:16] == MAGIC_NUMBER + bytes(4) + of_source:
-                    return MAGIC_NUMBER + UNCHECKED + compiled[16:]
-    except (OSError, NotImplementedError):  # an installation that cannot be written, or keeps no cache
-        pass
-    return b""
-
-
 def _send(prepared: Prepared, settings: Settings, bucket: Bucket, report: Report) -> Sent:
     done = [0, 0]
 
@@ -195,7 +145,7 @@ def _send(prepared: Prepared, settings: Settings, bucket: Bucket, report: Report
         done[1] += size
         report.progress("sending", done[0], prepared.plan.new_files, done[1], prepared.plan.new_size)
 
-    return send(prepared.plan, prepared.index, bucket, settings.project, progress)
+    return send(prepared.plan, prepared.known, bucket, settings.project, progress)
 
 
 def _hashed(sent: Sent, digest: hashlib._Hash) -> Iterator[bytes]:

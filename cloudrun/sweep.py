@@ -10,11 +10,11 @@ from typing import Any
 from cloudrun.backends import Backend, Instance
 from cloudrun.bill import Ended, as_claimed, close, forget, see_ended
 from cloudrun.errors import CloudrunError, Corrupt, Missing
-from cloudrun.follow import NOW, Seen, requested_end
+from cloudrun.follow import Seen, conclude
 from cloudrun.formats import seconds_of
 from cloudrun.limits import DEFAULTS
 from cloudrun.order import Order, run_prefix
-from cloudrun.receipt import Outcome, outcome_of, read_receipt
+from cloudrun.receipt import Outcome, read_receipt
 from cloudrun.report import Report
 from cloudrun.runs import attempt_object, last_attempt, load, open_runs, read_bill
 from cloudrun.storage import Bucket
@@ -94,17 +94,17 @@ class _Visit:
         times = [seconds_of(found["time"]) for found in objects if found and "time" in found]
         silent = time.time() - max([_named(order.run), *times])
         if receipt or self.ended or silent > QUIET_SECONDS:
-            outcome = outcome_of(receipt) if receipt else self._outcome(order, attempt)
+            outcome = self._outcome(order, attempt)
             ends = [self._end(order, number) for number in range(1, attempt + 1)]
             close(self.bucket, order, ends, outcome.reason, outcome.exit_code)
 
     def _outcome(self, order: Order, attempt: int) -> Outcome:
-        level, by = requested_end(self.bucket, order.prefix)
         state = attempt_object(self.bucket, order, attempt, "state") or {}
         end = attempt_object(self.bucket, order, attempt, "end")
-        how = "now" if level >= NOW else "preempted" if end else "gone"
         console = self.console or self.backend.console(f"{order.run}-{attempt}")
-        return Seen(how, by=by, console=console, began=state.get("phase") in ("run", "save")).outcome(order)
+        began = state.get("phase") in ("run", "save")
+        seen = Seen("preempted" if end else "gone", console=console, began=began)
+        return conclude(self.bucket, order, seen)
 
     def _end(self, order: Order, attempt: int) -> Ended:
         """How a machine that is gone ended, as the provider and the bucket remember it."""

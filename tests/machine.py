@@ -15,8 +15,8 @@ import pytest
 
 from cloudrun.formats import Entry, canonical, entry_line, read_frames
 from cloudrun.limits import DEFAULTS
-from cloudrun.start import agent_archive
 from cloudrun.storage.folder import FolderBucket
+from cloudrun.zipapp import agent_archive
 
 ROOT = Path(__file__).resolve().parents[1]
 GUARD = ROOT / "cloudrun" / "guard.py"
@@ -178,6 +178,7 @@ class Run:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        signal_all(with_role("program", self.folder), signal.SIGKILL)  # orphans of an agent that we killed
 
     def run(self, python=sys.executable, **environ):
         return self.start(python, **environ).finish()

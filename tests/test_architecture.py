@@ -21,21 +21,29 @@ LAYERS = (
     ("follow",),
     ("bill",),
     ("output", "pull", "send", "runs"),
-    ("order", "receipt", "index", "report", "signals"),
+    ("order", "receipt", "zipapp", "report", "signals"),
+    ("index",),
     ("backends.local",),
     ("backends",),
     ("project", "config"),
     ("storage.folder", "limits"),
     ("storage",),
-    ("formats", "processes"),
+    ("background", "formats", "processes"),
     ("errors",),
     ("guard", ""),
 )
 ITSELF = {("commands", "closing"), ("agent.", "agent.")}
 # A storage or a backend is imported by the one function that opens it; what is typed only is no import.
 OPENED = {("storage", "storage.folder"), ("backends", "backends.local")}
-AGENT_MAY = {"agent", "formats", "errors", "processes", "storage"}
-SENT = ("errors", "formats", "processes", "storage", "storage.folder")  # with the agent: nothing else
+AGENT_MAY = {"agent", "background", "formats", "errors", "processes", "storage"}
+SENT = (
+    "background",
+    "errors",
+    "formats",
+    "processes",
+    "storage",
+    "storage.folder",
+)
 
 CATCH_ALL = {
     "agent/main.py: main",  # the machine has to end, whatever it is
@@ -44,7 +52,7 @@ CATCH_ALL = {
     "agent/watch.py: run",  # an error of a thread is kept for who waits for it
     "cli.py: main",  # the error boundary
     "guard.py: main",  # the machine has to end, whatever it is
-    "send.py: _store_packs",  # an error of a thread is kept for who waits for it
+    "background.py: _run",  # an error of a thread is kept for who waits for it
     "bill.py: see_ended",  # the undo step: nothing may keep it from trying again
 }
 
@@ -56,7 +64,7 @@ def name_of(path: Path) -> str:
 
 MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
-CLIENT = [name for name in MODULES if not name.startswith("agent")]
+CLIENT = [name for name in MODULES if name.partition(".")[0] != "agent"]
 
 
 def imports(name: str, *, typed: bool = False) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fakes import FakeBackend
 
 from cloudrun.backends import Boot
 from cloudrun.backends.local import LocalBackend
+from cloudrun.formats import timestamp
 
 IDLE = b"import time\ntime.sleep(60)\n"
 
@@ -24,7 +26,7 @@ class FakeRig:
     def boot(self, run: str, attempt: int, seconds: float) -> Boot:
         if seconds < 1:
             threading.Timer(seconds, self.backend.ends, [f"{run}-{attempt}", "it was time"]).start()
-        return Boot(run, attempt, "2027-01-01T00:00:00.000Z", {})
+        return Boot(run, attempt, timestamp(time.time() + seconds), {})
 
 
 class LocalRig:
@@ -48,7 +50,7 @@ class LocalRig:
             "agent_gone": 10.0,
             "agent_silence": 60.0,
         }
-        return Boot(run, attempt, "2027-01-01T00:00:00.000Z", payload)
+        return Boot(run, attempt, timestamp(time.time() + seconds), payload)
 
 
 class TestFakeBackend(BackendContract):

@@ -84,9 +84,7 @@ def test_without_grace_it_is_stopped_at_once(backend: FakeBackend) -> None:
 
 
 def test_a_machine_whose_guard_is_gone_gets_no_grace(backend: FakeBackend) -> None:
-    backend.machines[NAME] = backend.machines[NAME].__class__(
-        **{**backend.machines[NAME].__dict__, "alive": False}
-    )
+    backend.machines[NAME] = backend.machines[NAME]._replace(alive=False)
     started = time.monotonic()
     assert see_ended(backend, NAME, **LONG).layer == "lease"
     assert time.monotonic() - started < 30

@@ -21,8 +21,9 @@ from cloudrun.order import read_order
 from cloudrun.project import scan
 from cloudrun.report import Report
 from cloudrun.send import PACK, SMALL, plan, send
-from cloudrun.start import Wanted, agent_archive, prepare, store
+from cloudrun.start import Wanted, prepare, store
 from cloudrun.storage.folder import FolderBucket
+from cloudrun.zipapp import agent_archive
 
 LONG_AGO = 1_700_000_000
 REWRITE = """
@@ -466,7 +467,7 @@ def test_a_send_that_fails_leaves_no_open_run(project, settings, bucket):
 
 
 def test_the_agent_has_always_the_same_bytes():
-    code = "import sys; from cloudrun.start import agent_archive; sys.stdout.buffer.write(agent_archive())"
+    code = "import sys; from cloudrun.zipapp import agent_archive; sys.stdout.buffer.write(agent_archive())"
     other = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout
     assert agent_archive() == agent_archive() == other
 

@@ -141,7 +141,7 @@ class Watch:
                     letter = {**state, "beat": now(), "time": stamp()}
                     self.bucket.put(self.attempt + "/state.json", canonical(letter))
                     said, said_at = state, now()
-            self._changed.wait(8 * self.bucket.pace)
+            self._changed.wait(max(0.2, self.bucket.pace))
             self._changed.clear()
 
     def _read_control(self) -> None:

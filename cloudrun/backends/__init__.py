@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from cloudrun.config import Settings
 from cloudrun.errors import UsageError
 
 
-@dataclass(frozen=True)
-class Offer:
+class Offer(NamedTuple):
     """A concrete machine at a price: US dollars per hour, None if nobody knows."""
 
     what: str
@@ -18,8 +16,7 @@ class Offer:
     boot_seconds: float
 
 
-@dataclass(frozen=True)
-class Boot:
+class Boot(NamedTuple):
     """What a machine gets in the call that creates it. `payload` is CLOUDRUN_BOOT of cloudrun.formats."""
 
     run: str
@@ -28,8 +25,7 @@ class Boot:
     payload: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Instance:
+class Instance(NamedTuple):
     """A machine as its provider describes it now.
 
     `alive`: a guard or an agent can still end it. `ended`: the provider says that nothing of it is

@@ -20,6 +20,7 @@ from contextlib import suppress
 from cloudrun.backends import Boot, Instance, Offer
 from cloudrun.config import data_directory
 from cloudrun.errors import CloudrunError
+from cloudrun.formats import timestamp
 from cloudrun.processes import below, parents, pids, send
 
 PASSED_ON = (
@@ -52,7 +53,7 @@ class LocalBackend:
             CLOUDRUN_INSTANCE=folder,
             CLOUDRUN_RUN=boot.run,
             CLOUDRUN_ATTEMPT=str(boot.attempt),
-            CLOUDRUN_DEADLINE=boot.deadline,
+            CLOUDRUN_SECONDS=str(boot.payload["left"]),
             CLOUDRUN_ROLE="guard",
             CLOUDRUN_BOOT=json.dumps(boot.payload),
         )
@@ -161,12 +162,14 @@ def _working_in(folder: str) -> Iterator[int]:
 
 def _instance(name: str, members: list[tuple[int, dict[str, str]]]) -> Instance:
     mark = members[0][1]
+    started = min(_started(pid) for pid, _ in members)
     return Instance(
         name=name,
         run=mark.get("CLOUDRUN_RUN", ""),
         attempt=int(mark.get("CLOUDRUN_ATTEMPT", "0")),
-        deadline=mark.get("CLOUDRUN_DEADLINE", ""),
-        started=min(_started(pid) for pid, _ in members),
+        # From its age, not from the time of day: a clock that was changed makes nothing overdue.
+        deadline=timestamp(started + float(mark.get("CLOUDRUN_SECONDS", "0"))),
+        started=started,
         alive=any(found.get("CLOUDRUN_ROLE") in ("guard", "agent") for _, found in members),
     )
 

@@ -10,12 +10,12 @@ import errno
 import fcntl
 import hashlib
 import os
-import queue
 import stat
-import threading
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 
+from cloudrun.background import Background
 from cloudrun.errors import BucketError, BucketRefused, Conflict, Corrupt, Missing
 from cloudrun.storage import check_name
 
@@ -36,7 +36,7 @@ OURS = (".tmp", ".lock")  # what stands beside the objects at the top
 class FolderBucket:
     """See cloudrun.storage.Bucket. Only the owner can read what is stored here."""
 
-    pace = 0.025
+    pace = 0.01
     part_bytes = 1 << 62  # cutting a file into parts gains nothing on a disk
 
     def __init__(self, root: str) -> None:
@@ -244,54 +244,19 @@ def _version(data: bytes) -> str:
 def _write_hashed(file: BinaryIO, pieces: Iterable[bytes]) -> str:
     """Hash on this thread; large content is written on another one at the same time."""
     digest, small = hashlib.sha256(), True
-    writer = None
+    writer = Background(partial(_write_all, file), 2)
     try:
         for piece in pieces:
-            if writer is None and not small:
-                writer = _Writer(file)
-            if writer is None:
+            if small:
                 _write_all(file, piece)
                 small = len(piece) < 1 << 20
             else:
                 writer.put(piece)
             digest.update(piece)
+        writer.finish()
     finally:
-        if writer is not None:
-            writer.close()
+        writer.close()
     return digest.hexdigest()
-
-
-class _Writer:
-    """Writes what it is given on a thread of its own; an error comes back from put or close."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._queue: queue.Queue[bytes | None] = queue.Queue(2)
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def put(self, piece: bytes) -> None:
-        if self._error is not None:
-            raise self._error
-        self._queue.put(piece)
-
-    def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while True:
-            piece = self._queue.get()
-            if piece is None:
-                return
-            try:
-                if self._error is None:
-                    _write_all(self._file, piece)
-            except OSError as error:  # keep emptying the queue: put must not block for ever
-                self._error = error
 
 
 def _write_all(file: BinaryIO, piece: bytes) -> None:

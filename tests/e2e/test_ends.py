@@ -359,3 +359,18 @@ def ticks(pid):
 def resident(pid):
     with open(f"/proc/{pid}/status") as file:
         return int(next(line for line in file if line.startswith("VmRSS")).split()[1])
+
+
+def test_main_py_is_not_protected_from_the_memory_killer(machinery):
+    """Only the guard is, where the kernel lets us do that."""
+    may = subprocess.run(
+        ["sh", "-c", "echo -1000 >/proc/self/oom_score_adj"], capture_output=True, check=False
+    )
+    machinery.main("print(open('/proc/self/oom_score_adj').read().strip())\n" + SLEEP)
+    client = machinery.running("main.py")
+    (guard,) = machinery.role("guard")
+    with open(f"/proc/{guard}/oom_score_adj") as file:
+        assert int(file.read()) == (-1000 if may.returncode == 0 else 0)
+    client.send_signal(signal.SIGINT)
+    client.wait(20)
+    assert int(machinery.out(client).split()[0]) >= 0

@@ -12,10 +12,10 @@ from cloudrun import pull as pulling
 from cloudrun.backends import Offer
 from cloudrun.closing import counted, last_line, say_pulled
 from cloudrun.config import Settings
-from cloudrun.errors import BucketError, CloudrunError
+from cloudrun.errors import BucketError, CloudrunError, UsageError
 from cloudrun.follow import NOW, Seen, conclude, request_end
 from cloudrun.formats import seconds_of
-from cloudrun.order import Order
+from cloudrun.order import Order, here
 from cloudrun.output import Output
 from cloudrun.report import human_seconds
 from cloudrun.run import Client, claim, end_of, see_through, settle
@@ -33,10 +33,14 @@ def sweep_up(client: Client) -> None:
         client.report.error(str(error))
 
 
-def which(client: Client, settings: Settings, text: str | None) -> Order:
-    """The run that is meant. Raises UsageError."""
+def which(client: Client, settings: Settings, text: str | None, *, act: bool = False) -> Order:
+    """The run that is meant. Raises UsageError; `act`: also if only another computer can do something."""
     sweep_up(client)
-    return find_run(client.bucket, settings.project, text, [os.uname().nodename, os.getcwd()])
+    order = find_run(client.bucket, settings.project, text, here())
+    elsewhere = order.backend == "local" and order.origin[0] != here()[0]
+    if act and elsewhere and not read_bill(client.bucket, order):
+        raise UsageError(f"{order.run} is a local run of the computer {order.origin[0]}: do that there")
+    return order
 
 
 def ps(client: Client, settings: Settings, *, as_json: bool) -> int:
@@ -91,7 +95,7 @@ def _has_next(client: Client, order: Order, attempt: int, patience: float) -> bo
 
 def wait(client: Client, settings: Settings, run: str | None, *, as_json: bool) -> int:
     """Until the run has ended and its bill is closed; the output is not printed."""
-    order = which(client, settings, run)
+    order = which(client, settings, run, act=True)
     outcome = see_through(client, order)
     if as_json:
         print(json.dumps(record(client.bucket, order), indent=1))
@@ -101,7 +105,7 @@ def wait(client: Client, settings: Settings, run: str | None, *, as_json: bool) 
 
 def stop(client: Client, settings: Settings, run: str | None, *, now: bool) -> int:
     """End a run and see its machine ended. Raises StillRunning."""
-    order = which(client, settings, run)
+    order = which(client, settings, run, act=True)
     if read_bill(client.bucket, order):
         client.report.say(f"{order.run} has ended already")
         return 0

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cloudrun.errors import UsageError
 from cloudrun.limits import limits
@@ -32,8 +32,7 @@ VARIABLES = {
 NEEDED = {"gcp": ("GCLOUD_PROJECT", "GCS_DIR"), "vast": ("VAST_API_KEY", "GCS_DIR"), "local": ()}
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What a command needs to know. `chosen` says why this backend, when nobody named one."""
 
     backend: str
@@ -43,7 +42,7 @@ class Settings:
     max_hours: float
     max_cost: float | None
     price: float | None
-    limits: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, float]
 
 
 def from_env(environ: Mapping[str, str], directory: str, **flags: str | float | None) -> Settings:

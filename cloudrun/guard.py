@@ -1,8 +1,7 @@
 """The guard: boot script of an instance and parent of the agent. It ends the machine, whatever happens.
 
-One file, standard library, Python 3.8. CLOUDRUN_BOOT and the agent's words in the pipe are described in
-cloudrun/formats.py. The machine ends when the run is finished, 10 s after the agent went without a
-receipt, when the agent has been silent for 5 minutes, and at the deadline.
+One file, standard library, Python 3.8; cloudrun/formats.py describes CLOUDRUN_BOOT and the pipe's words. The
+machine ends with the run, 10 s after the agent's death, after 5 minutes of its silence, at the deadline.
 """
 
 import ctypes
@@ -56,8 +55,8 @@ def start_agent(boot, end_at):
     write("agent.pyz", data)
     reading, writing = os.pipe()
     os.set_inheritable(writing, True)
-    boot = json.dumps(dict(boot, left=end_at - now()))
-    env = dict(os.environ, CLOUDRUN_ROLE="agent", CLOUDRUN_GUARD=str(writing), CLOUDRUN_BOOT=boot)
+    env = dict(os.environ, CLOUDRUN_ROLE="agent", CLOUDRUN_GUARD=str(writing))
+    env["CLOUDRUN_BOOT"] = json.dumps(dict(boot, left=end_at - now()))
     agent = os.posix_spawn(sys.executable, [sys.executable, "-I", "-S", "agent.pyz"], env)
     os.close(writing)
     return agent, reading
@@ -112,7 +111,7 @@ def end_local(why, started):
         for target in [-group for group in groups] + list(left):
             quietly(os.kill, target, signal.SIGKILL)
         time.sleep(0.005)
-    import shutil  # only now: it costs the start some milliseconds
+    import shutil  # not before: it costs every start some milliseconds
 
     shutil.rmtree("work", ignore_errors=True)
     write("ended", f"{now() - started:.3f} {why}".encode())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from cloudrun.errors import Corrupt
 from cloudrun.formats import canonical, parse, seconds_of, timestamp
@@ -20,13 +19,17 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
+def here() -> list[str]:
+    """The origin of a run that is started now: this computer, this directory."""
+    return [os.uname().nodename, os.getcwd()]
+
+
 def new_run_id(project: str, when: float) -> str:
     """<project>-<YYYYMMDD>-<HHMMSS>-<4 hex>: at most 63 characters that may stand in a label."""
     return f"{project}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(when))}-{os.urandom(2).hex()}"
 
 
-@dataclass(frozen=True)
-class Order:
+class Order(NamedTuple):
     """order.json. `argv` is the script and its arguments; `limited_by` says which limit set the deadline.
 
     `origin` is where the run was started: "the latest run" means the latest with the same origin.
@@ -48,15 +51,15 @@ class Order:
     if_client_lost: str
     manifest: dict[str, Any]
     agent: list[str]
-    limits: dict[str, float] = field(default_factory=dict)
-    origin: list[str] = field(default_factory=lambda: [os.uname().nodename, os.getcwd()])
+    limits: dict[str, float]
+    origin: list[str]
 
     @property
     def prefix(self) -> str:
         return run_prefix(self.project, self.run)
 
     def content(self) -> bytes:
-        return canonical(asdict(self))
+        return canonical(self._asdict())
 
     @property
     def ends_by(self) -> str:

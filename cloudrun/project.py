@@ -7,7 +7,6 @@ import os
 import re
 import stat
 from dataclasses import dataclass, field
-from fnmatch import translate
 from typing import Any, NamedTuple
 
 from cloudrun.errors import CloudrunError, UsageError
@@ -16,16 +15,14 @@ from cloudrun.formats import check_link, shown
 DATA = ("data", "model", "checkpoint")
 RETURNED = ("model", "checkpoint")
 IGNORE_FILES = (".gitignore", ".cloudrunignore")
-LEFT_OUT = {
-    "version control": (".git", ".hg", ".svn"),
-    "virtual environments": (".venv", "venv"),
-    "caches": (
-        *("__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints"),
-        *(".tox", ".nox", ".cache", "node_modules", "*.pyc"),
-    ),
-    "secrets": (".env", ".env.*", "*.pem", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*"),
+LEFT_OUT = {  # names
+    **dict.fromkeys((".git", ".hg", ".svn"), "version control"),
+    **dict.fromkeys((".venv", "venv"), "virtual environments"),
+    **dict.fromkeys(("__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache"), "caches"),
+    **dict.fromkeys((".ipynb_checkpoints", ".tox", ".nox", ".cache", "node_modules"), "caches"),
+    ".env": "secrets",
 }
-NAMES_LEFT_OUT = [(why, re.compile("|".join(map(translate, names)))) for why, names in LEFT_OUT.items()]
+SECRETS = (".env.", "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519")  # what their names begin with
 PULLED_BESIDE = re.compile(r"\.[a-z0-9_-]+-\d{8}-\d{6}-[0-9a-f]{4}\Z")
 BESIDE = "stored beside by an earlier pull"
 CREDENTIALS = re.compile(
@@ -148,9 +145,12 @@ def _read_rules(file: str, path: str) -> Any:
 
 
 def _by_default(entry: os.DirEntry[str]) -> str | None:
-    for why, names in NAMES_LEFT_OUT:
-        if names.match(entry.name):
-            return why
+    if entry.name in LEFT_OUT:
+        return LEFT_OUT[entry.name]
+    if entry.name.endswith(".pyc"):
+        return "caches"
+    if entry.name.startswith(SECRETS) or entry.name.endswith(".pem"):
+        return "secrets"
     if PULLED_BESIDE.search(entry.name):
         return BESIDE
     if entry.is_dir(follow_symlinks=False):

@@ -14,7 +14,7 @@ from cloudrun.config import Settings
 from cloudrun.errors import BucketError, UsageError
 from cloudrun.formats import canonical, timestamp
 from cloudrun.index import Index, index_path
-from cloudrun.order import Order, deadline, new_run_id, run_prefix
+from cloudrun.order import Order, deadline, here, new_run_id, run_prefix
 from cloudrun.project import DATA, Scan, returned, scan, summary
 from cloudrun.report import Report, human_bytes
 from cloudrun.send import Plan, Sent, plan, send
@@ -125,6 +125,7 @@ def make_order(
         manifest={"sha256": manifest, "files": sent.files, "bytes": sent.size},
         agent=[f"{settings.project}/blobs/{agent}", agent],
         limits=settings.limits,
+        origin=here(),
     )
 
 

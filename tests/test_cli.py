@@ -299,6 +299,18 @@ def test_which_run_is_meant(home: Home) -> None:
     assert done.returncode == 2 and "no run was started from this directory" in done.stderr
 
 
+def test_a_local_run_of_another_computer_is_left_alone(home: Home) -> None:
+    """Its machine cannot be seen from here, which is no proof that it has ended."""
+    project = home.project(SLEEPER)
+    run = home.detach(project, "main.py")
+    order = home.object(run, "order.json")
+    order.write_text(json.dumps({**json.loads(order.read_text()), "origin": ["elsewhere", str(project)]}))
+    for command in ("wait", "stop"):
+        done = home.run(project, command, run)
+        assert done.returncode == 2 and "computer elsewhere" in done.stderr
+    assert home.machines() and not home.object(run, "bill.json").exists()
+
+
 def test_json_has_exactly_the_documented_fields(home: Home) -> None:
     project = home.project(SLEEPER)
     done = home.run(project, "--detach", "main.py", env={"CLOUDRUN_PRICE": "3600"})

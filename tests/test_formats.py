@@ -280,6 +280,7 @@ def an_order(**changes):
             "manifest": {"sha256": SHA, "files": 1, "bytes": 1},
             "agent": ["p/blobs/" + SHA, SHA],
             "limits": {"save": 1},
+            "origin": ["here", "/p"],
         },
     }
     return Order(**{**values, **changes})

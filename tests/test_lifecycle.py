@@ -140,7 +140,7 @@ def test_the_boot_payload_has_no_more_time_than_the_order(make: Callable[..., Wo
     """A clock that was set back after the order was written lengthens nothing."""
     world = make()
     order = world.order()
-    late = Order(**{**order.__dict__, "deadline": "2199-01-01T00:00:00.000Z"})
+    late = Order(**{**order._asdict(), "deadline": "2199-01-01T00:00:00.000Z"})
     assert run.boot_of(world.bucket, late, 1, "x-1").payload["left"] == order.seconds
 
 

@@ -22,7 +22,7 @@ ORDER = Order(
     **{"run": RUN, "project": "p", "backend": "local", "created": timestamp(0), "deadline": timestamp(1)},
     **{"seconds": 1.0, "limited_by": "deadline", "price": None, "argv": ["main.py"], "env": []},
     **{"outputs": ["model", "checkpoint", "results"], "folders": [], "if_client_lost": "finish"},
-    **{"manifest": {}, "agent": []},
+    **{"manifest": {}, "agent": [], "limits": {}, "origin": ["here", "/p"]},
 )
 ODD_NAMES = [
     b"two words",

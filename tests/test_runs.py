@@ -80,7 +80,7 @@ def test_orders_that_are_not_orders(bucket: FolderBucket) -> None:
     with pytest.raises(Missing):
         load(bucket, "toy", "toy-20261125-101112-00aa")
     order = make_order()
-    for data in (order.content()[:-9], canonical({**order.__dict__, "more": 1}), canonical({"run": "x"})):
+    for data in (order.content()[:-9], canonical({**order._asdict(), "more": 1}), canonical({"run": "x"})):
         bucket.put(order.prefix + "/order.json", data)
         with pytest.raises(Corrupt, match=r"order\.json is damaged"):
             load(bucket, "toy", order.run)

@@ -6,7 +6,7 @@
 
 PYTHON ?=
 ARGS =
-EPOCHS = 5
+EPOCHS = 8
 WORKERS = 2
 
 # What a person exports for other work must not reach pip or the programs started here, and no

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cloudrun.backends import Backend
 from cloudrun.errors import BucketError, Conflict, StillRunning
 from cloudrun.formats import canonical, seconds_of, timestamp
 from cloudrun.order import Order
-from cloudrun.runs import attempt_object
+from cloudrun.runs import attempt_object, is_claimed, last_attempt
 from cloudrun.storage import Bucket
 
 POLL_SECONDS = 0.02
@@ -42,7 +43,7 @@ def see_ended(backend: Backend, name: str, *, grace: float, limit: float, layer:
             if instance is None or instance.ended is not None:
                 ended = instance.ended if instance and instance.ended else time.time()
                 if instance and time.monotonic() < patience:
-                    stopped_by = "agent" if "finished" in instance.why else "guard"
+                    stopped_by = "agent" if instance.why == "the run is finished" else "guard"
                 backend.stop(name)  # nothing is left to end; this frees what the machine left behind
                 proof = f"{backend.name}: no {name}, seen {timestamp(time.time())}"
                 return Ended(name, started, ended, stopped_by, proof)
@@ -59,19 +60,42 @@ def see_ended(backend: Backend, name: str, *, grace: float, limit: float, layer:
         time.sleep(POLL_SECONDS)
 
 
-def as_claimed(bucket: Bucket, order: Order, attempt: int, ended: Ended) -> Ended:
-    """With the times that the bucket knows: made after its claim, gone before the next attempt's claim."""
+def end_of(backend: Backend, bucket: Bucket, order: Order, attempt: int, *, grace: float) -> Ended:
+    """The machine of an attempt that may be somebody else's, seen ended. Raises StillRunning.
+
+    With the times that the bucket knows: made after its claim, gone before the next attempt's claim.
+    """
+    name, limit = f"{order.run}-{attempt}", order.limits["stop"]
+    ended = see_ended(backend, name, grace=grace, limit=limit, layer="sweep")
     with suppress(BucketError):
         claim, after = (attempt_object(bucket, order, n, "claim") for n in (attempt, attempt + 1))
         if claim and ended.started is None:
             ended = ended._replace(started=seconds_of(claim["time"]))
-        if after:
+        if after and "time" in after:
             ended = ended._replace(ended=min(ended.ended, seconds_of(after["time"])))
     return ended
 
 
-def close(bucket: Bucket, order: Order, ends: list[Ended], reason: str, exit_code: int) -> dict[str, Any]:
-    """Write the bill, once, and forget what was only needed until now. Returns the bill that stands."""
+def ends_of(
+    backend: Backend, bucket: Bucket, order: Order, known: Iterable[Ended], *, grace: float = 0.0
+) -> list[Ended]:
+    """All machines that a run has had so far, seen ended; `known` are some of them. Raises StillRunning."""
+    named, numbers = {end.name: end for end in known}, range(1, last_attempt(bucket, order) + 1)
+    return [named.get(f"{order.run}-{n}") or end_of(backend, bucket, order, n, grace=grace) for n in numbers]
+
+
+def close(bucket: Bucket, order: Order, ends: list[Ended], reason: str, exit_code: int) -> bool:
+    """Write the bill, once, and forget what was only needed until now.
+
+    `ends` are all machines that the run has had. False if there is another one meanwhile: the claim
+    on the next attempt goes to whoever continues the run, or to whoever closes its bill.
+    """
+    following = len(ends) + 1
+    with suppress(Conflict):
+        claim = f"{order.prefix}/attempts/{following}/claim.json"
+        bucket.create(claim, canonical({"closed": True}))
+    if is_claimed(bucket, order, following):
+        return False
     starts = [end.started for end in ends if end.started is not None]
     known = len(starts) == len(ends)
     seconds = sum(max(end.ended - (end.started or end.ended), 0.0) for end in ends) if known else None
@@ -90,7 +114,7 @@ def close(bucket: Bucket, order: Order, ends: list[Ended], reason: str, exit_cod
     with suppress(Conflict):  # somebody else saw the end first; one bill is enough
         bucket.create(order.prefix + "/bill.json", canonical(bill))
     forget(bucket, order.prefix, order.run)
-    return bill
+    return True
 
 
 def forget(bucket: Bucket, prefix: str, run: str) -> None:

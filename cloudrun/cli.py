@@ -245,20 +245,24 @@ def start_and_follow(client: Client, settings: Settings, wanted: Wanted, options
         return 0
     code, pulled = bring_home(client, order, outcome)
     if options["json_file"]:
-        code = write_record(options["json_file"], client, order, pulled) or code
+        written = write_record(options["json_file"], client, order, pulled)
+        code = code or written
     return code
 
 
 def abandon(client: Client, order: Order) -> None:
-    """A run that never asked for a machine leaves nothing open."""
+    """The end of a run that never asked for a machine."""
     from contextlib import suppress
 
-    from cloudrun.bill import forget
+    from cloudrun.bill import close, forget
     from cloudrun.runs import last_attempt
 
     with suppress(CloudrunError):  # what ended the run is what the user should read
-        if not last_attempt(client.bucket, order):
-            forget(client.bucket, order.prefix, order.run)
+        try:
+            close(client.bucket, order, [], "failed", FAILED)
+        except CloudrunError:
+            if not last_attempt(client.bucket, order):
+                forget(client.bucket, order.prefix, order.run)
 
 
 def open_report(quiet: bool = False, verbose: bool = False, **_: object) -> Report:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator
 
 from cloudrun.config import Settings
-from cloudrun.errors import FAILED, BucketError, CloudrunError, Interrupted, UsageError
+from cloudrun.errors import UNKNOWN, BucketError, CloudrunError, Interrupted, UsageError
 from cloudrun.formats import shown
 from cloudrun.order import Order
 from cloudrun.pull import Pulled, pull
@@ -27,12 +27,12 @@ def bring_home(client: Client, order: Order, outcome: Outcome) -> tuple[int, Pul
         report.stage("pull")
         pulled = pull(client.bucket, order, os.curdir, report)
     except (CloudrunError, Interrupted) as error:
-        trouble, code = str(error), code or error.exit_code
+        trouble, code = str(error), code or (UNKNOWN if isinstance(error, CloudrunError) else error.exit_code)
     say_pulled(client, order, pulled)
     say = report.say if outcome.reason == "exited" and code == outcome.exit_code else report.warn
     say(last_line(client.bucket, order, outcome, counted(pulled)))
     if trouble:
-        report.error(f"{trouble}\nthe outputs are safe in the bucket: cloudrun pull {order.run}")
+        report.error(f"{trouble}\nwhat was saved is in the bucket: cloudrun pull {order.run}")
     return code, pulled
 
 
@@ -57,7 +57,8 @@ def last_line(bucket: Bucket, order: Order, outcome: Outcome, *fetched: str) -> 
     seconds, cost = bill.get("seconds"), bill.get("cost")
     billed = "billed time unknown" if seconds is None else f"billed {human_seconds(seconds)}"
     money = human_money(cost) + (" (local)" if order.backend == "local" and cost == 0 else "")
-    proof = f"ended: {bill.get('proof', 'its bill is not closed yet')}"
+    seen = bill.get("ended")
+    proof = f"seen ended {seen[11:19]} UTC" if seen else bill.get("proof", "its bill is not closed yet")
     return " · ".join([outcome.words, ran, billed, money, *fetched, proof])
 
 
@@ -77,7 +78,7 @@ def write_record(path: str, client: Client, order: Order, pulled: Pulled) -> int
             file.write("\n")
     except (OSError, BucketError) as error:
         client.report.error(f"cannot write {path}: {error}")
-        return FAILED
+        return UNKNOWN
     return 0
 
 

@@ -9,43 +9,48 @@ import time
 
 from cloudrun import follow as following
 from cloudrun import pull as pulling
-from cloudrun.backends import Offer
+from cloudrun.bill import close, end_of
 from cloudrun.closing import counted, last_line, say_pulled
 from cloudrun.config import Settings
 from cloudrun.errors import BucketError, CloudrunError, UsageError
-from cloudrun.follow import NOW, Seen, conclude, request_end
+from cloudrun.follow import NOW, request_end
 from cloudrun.formats import seconds_of
 from cloudrun.order import Order, here
 from cloudrun.output import Output
+from cloudrun.receipt import Outcome, user_code
 from cloudrun.report import human_seconds
-from cloudrun.run import Client, claim, end_of, see_through, settle
+from cloudrun.run import Client, see_through
 from cloudrun.runs import find_run, last_attempt, load, open_runs, read_bill, record
 from cloudrun.sweep import sweep
 
 COLUMNS = "{:<44} {:<9} {:<8} {:>14} {:>12}"
 
 
-def sweep_up(client: Client) -> None:
-    """Every command first ends and closes what lost clients left; what it cannot end, it says."""
+def sweep_up(client: Client) -> int:
+    """Every command first ends and closes what lost clients left. Returns an exit code, having said why."""
     try:
         sweep(client.backend, client.bucket, client.report)
     except CloudrunError as error:
         client.report.error(str(error))
+        return error.exit_code
+    return 0
 
 
 def which(client: Client, settings: Settings, text: str | None, *, act: bool = False) -> Order:
-    """The run that is meant. Raises UsageError; `act`: also if only another computer can do something."""
+    """The run that is meant. Raises UsageError; `act`: also if its machine cannot be seen from here."""
     sweep_up(client)
     order = find_run(client.bucket, settings.project, text, here())
-    elsewhere = order.backend == "local" and order.origin[0] != here()[0]
-    if act and elsewhere and not read_bill(client.bucket, order):
-        raise UsageError(f"{order.run} is a local run of the computer {order.origin[0]}: do that there")
+    if act and order.place not in ("", settings.place) and not read_bill(client.bucket, order):
+        raise UsageError(
+            f"the machine of {order.run} is in {order.place} and cannot be seen from here, {settings.place}: "
+            f"do that on the computer {order.origin[0]}, with the settings that the run was started with"
+        )
     return order
 
 
 def ps(client: Client, settings: Settings, *, as_json: bool) -> int:
     """A line per open run, oldest first; with `as_json` one JSON array."""
-    sweep_up(client)
+    code = sweep_up(client)
     records = []
     for project, run in open_runs(client.bucket):
         try:
@@ -62,7 +67,7 @@ def ps(client: Client, settings: Settings, *, as_json: bool) -> int:
         words = "unknown" if price is None else f"{price:.2f}"
         age = human_seconds(max(time.time() - seconds_of(item["started"]), 0))
         print(COLUMNS.format(item["run"], str(item["state"]), item["backend"], age, words))
-    return 0
+    return code
 
 
 def logs(client: Client, settings: Settings, run: str | None, *, follow: bool) -> int:
@@ -110,12 +115,11 @@ def stop(client: Client, settings: Settings, run: str | None, *, now: bool) -> i
         client.report.say(f"{order.run} has ended already")
         return 0
     request_end(client.bucket, order.prefix, NOW if now else 1, "stop")
-    first = Offer("nothing: stopped before it started", None, 0)
-    claimed = not last_attempt(client.bucket, order) and claim(client, order, 1, first)
-    if now or claimed:
-        ended = end_of(client, order, last_attempt(client.bucket, order), grace=0.0)
-        outcome = settle(client, order, [ended], conclude(client.bucket, order, Seen("now", by="SIGINT")))
-    else:
+    attempt = last_attempt(client.bucket, order)
+    outcome = Outcome("stopped", user_code("SIGINT"), "stopped before it started")
+    if attempt or not close(client.bucket, order, [], outcome.reason, outcome.exit_code):
+        if now and attempt:
+            end_of(client.backend, client.bucket, order, attempt, grace=0.0)
         outcome = see_through(client, order)
     client.report.say(last_line(client.bucket, order, outcome))
     return 0

@@ -15,25 +15,14 @@ from cloudrun.limits import limits
 DEFAULT_HOURS = 24.0
 BACKENDS = ("gcp", "vast", "local")
 
-VARIABLES = {
-    "GCP_ACCOUNT": "Google account; checked against the credentials in use",
-    "GCLOUD_PROJECT": "Google Cloud project id",
-    "GCS_DIR": "where runs are kept: gs://bucket/directory, or file:///directory for local runs",
-    "VM_INSTANCE": "name of a VM that is kept between runs",
-    "VM_USER": "user on the VM",
-    "VAST_API_KEY": "key for vast.ai",
-    "CLOUDRUN_BACKEND": "gcp, vast or local",
-    "CLOUDRUN_PROJECT": "name of the project; default: the directory's name",
-    "CLOUDRUN_MAX_HOURS": "hours after which the run is ended; default 24",
-    "CLOUDRUN_MAX_COST": "US dollars after which the run is ended",
-    "CLOUDRUN_PRICE": "US dollars per hour of the machine, instead of the known price",
-    "NO_COLOR": "no colours on the terminal",
-}
 NEEDED = {"gcp": ("GCLOUD_PROJECT", "GCS_DIR"), "vast": ("VAST_API_KEY", "GCS_DIR"), "local": ()}
 
 
 class Settings(NamedTuple):
-    """What a command needs to know. `chosen` says why this backend, when nobody named one."""
+    """What a command needs to know. `chosen` says why this backend, when nobody named one.
+
+    `place` says whose machines are meant, see there.
+    """
 
     backend: str
     chosen: str
@@ -43,6 +32,7 @@ class Settings(NamedTuple):
     max_cost: float | None
     price: float | None
     limits: dict[str, float]
+    place: str
 
 
 def from_env(environ: Mapping[str, str], directory: str, **flags: str | float | None) -> Settings:
@@ -68,11 +58,7 @@ def from_env(environ: Mapping[str, str], directory: str, **flags: str | float | 
     missing = [name for name in NEEDED.get(backend, ()) if not environ.get(name)]
     if missing:
         problems.append(f"the {backend} backend also needs {', '.join(missing)}")
-    bucket = environ.get("GCS_DIR") or ""
-    if backend == "local" and not bucket:
-        bucket = "file://" + os.path.join(data_directory(environ), "bucket")
-    if bucket.startswith("/"):
-        bucket = "file://" + bucket
+    bucket = _bucket(environ, backend)
     if bucket and not bucket.startswith(("gs://", "file:///")):
         problems.append(f"GCS_DIR={bucket}: not gs://bucket/directory or file:///directory")
     try:
@@ -94,7 +80,15 @@ def from_env(environ: Mapping[str, str], directory: str, **flags: str | float | 
         max_cost=cost,
         price=price,
         limits=table,
+        place=place(backend, environ),
     )
+
+
+def _bucket(environ: Mapping[str, str], backend: str) -> str:
+    bucket = environ.get("GCS_DIR") or ""
+    if backend == "local" and not bucket:
+        bucket = os.path.join(data_directory(environ), "bucket")
+    return "file://" + bucket if bucket.startswith("/") else bucket
 
 
 def _backend(environ: Mapping[str, str], flag: object) -> tuple[str, str]:
@@ -106,6 +100,11 @@ def _backend(environ: Mapping[str, str], flag: object) -> tuple[str, str]:
     if environ.get("VAST_API_KEY"):
         return "vast", "VAST_API_KEY is set"
     return "local", "neither VM_INSTANCE nor VAST_API_KEY is set"
+
+
+def place(backend: str, environ: Mapping[str, str]) -> str:
+    """Whose machines a backend sees: who looks from elsewhere cannot say that one has ended."""
+    return f"{os.uname().nodename}:{data_directory(environ)}" if backend == "local" else backend
 
 
 def data_directory(environ: Mapping[str, str]) -> str:

@@ -34,12 +34,6 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signum
 
 
-class OutcomeUnknown(CloudrunError):
-    """The machine is gone and nobody saw how main.py ended."""
-
-    exit_code = UNKNOWN
-
-
 class StillRunning(CloudrunError):
     """An instance could not be seen ended. Swallowing this error hides a bill."""
 

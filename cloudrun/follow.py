@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cloudrun.errors import UNKNOWN, BucketError, CloudrunError, Conflict, Corrupt, Missing
-from cloudrun.formats import canonical, parse
+from cloudrun.formats import canonical, parse, seconds_of
 from cloudrun.order import Order
 from cloudrun.output import Output
 from cloudrun.receipt import Outcome, billed_outcome, outcome_of, read_receipt, user_code
 from cloudrun.report import human_money, human_seconds
-from cloudrun.runs import attempt_object
+from cloudrun.runs import attempt_object, is_claimed
 from cloudrun.storage import Bucket
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Seen:
             return Outcome("stopped", user_code(self.by), "ended by the user, at once")
         if self.how == "preempted":
             return Outcome("preempted", UNKNOWN, "the machine was taken away; run it again to go on")
-        if self.how == "overdue" or "deadline" in self.console:
+        if self.how == "overdue" or "guard: the deadline was reached" in self.console:
             return Outcome(order.limited_by, 124, "ended at the deadline, by the guard or by us")
         fatal = [line for line in self.console.splitlines() if "CLOUDRUN-FATAL" in line]
         if not self.began:
@@ -71,7 +71,7 @@ def conclude(bucket: Bucket, order: Order, seen: Seen, bill: dict[str, Any] | No
         if receipt:
             return outcome_of(receipt)
         level, by = requested_end(bucket, order.prefix)
-        if level >= NOW:
+        if level >= NOW or (level and seen.how == "preempted"):
             seen = Seen("now", by=by)
     except BucketError as error:
         if seen.how != "now":
@@ -104,7 +104,9 @@ class _Follower:
         log = f"{order.prefix}/attempts/{attempt}/log"
         self.output = Output(client.bucket, log, client.report, self.tick)
         self.begun = self.heard = time.monotonic()
-        self.end_at = self.begun + order.left() + order.limits["provider"]  # whatever the clock does later
+        # Whatever the clock does later, and however long this computer sleeps. Of a run that another client
+        # started we know only what its machine says: our clock may be wrong.
+        self.end_at = since_boot() + order.left() + order.limits["provider"] if mine else float("inf")
         self.state: dict[str, Any] = {}
         self.asked: list[int] = []
         self.alive = False
@@ -116,7 +118,7 @@ class _Follower:
 
     def step(self, *, show: bool, detach: bool) -> Seen | None:
         if self.tick():
-            return self._seen("now")
+            return self._seen("overdue" if since_boot() > self.end_at else "now")
         if self.output.closed and not self.mine:
             return self._seen("detached")
         seen = None
@@ -137,7 +139,7 @@ class _Follower:
         return seen
 
     def tick(self) -> bool:
-        """What must not wait for anybody: the user's signals, and our sign of life. True: end it now."""
+        """What must not wait for anybody: signals, the deadline, our sign of life. True: end it now."""
         if self.mine:
             signals = self.client.signals.received[self._counted :]
             self._counted += len(signals)
@@ -153,7 +155,7 @@ class _Follower:
                 self._beaten = now
                 beat = {"client": self.client.identity, "beat": next(self._beats)}
                 self.client.bucket.put(self.order.prefix + "/client.json", canonical(beat))
-        return len(self.asked) >= NOW
+        return len(self.asked) >= NOW or since_boot() > self.end_at
 
     def _tell(self, level: int) -> None:
         """Ask the agent to end main.py; when asked twice, our caller ends the machine."""
@@ -170,7 +172,7 @@ class _Follower:
         if how not in ("finished", "detached"):
             with suppress(CloudrunError):
                 console = self.client.backend.console(self.name)
-        began = self.state.get("phase") in ("run", "save")
+        began = self.state.get("phase") in ("run", "save") or self.output.printed > 0
         return Seen(how, receipt, self._by(), console, began, self.order.limits["self_end"])
 
     def _read(self, show: bool, detach: bool) -> Seen | None:
@@ -195,7 +197,7 @@ class _Follower:
         numbers = [self.state.get(key) for key in ("files", "of_files", "bytes", "of_bytes")]
         if self.state.get("phase") == "fetch" and all(isinstance(number, int) for number in numbers):
             self.client.report.progress("the machine fetches", *numbers)  # type: ignore[arg-type]
-        elif self.output.at_line_start:
+        else:
             self.client.report.status(self._status())
 
     def _status(self) -> str:
@@ -209,6 +211,10 @@ class _Follower:
         self._looked = now = time.monotonic()
         with suppress(CloudrunError):  # a provider that cannot be asked says nothing about the machine
             instance = self.client.backend.find(self.name)
+            if instance and instance.ended is None and not self.mine:
+                late = time.time() - seconds_of(instance.deadline)
+                if late > self.order.limits["provider"]:
+                    return self._seen("overdue")
             if instance and instance.alive:
                 self.alive, self.gone_at = True, None
             elif self.alive or instance or self.state or now - self.begun > self.order.limits["boot"]:
@@ -216,11 +222,11 @@ class _Follower:
             readable = not self.cut_off or self.cut_off.permanent
             if self.gone_at and readable and now - self.gone_at >= LAST_WORDS_SECONDS:
                 return self._gone(show)
-            if attempt_object(self.client.bucket, self.order, self.attempt + 1, "claim"):
+            if is_claimed(self.client.bucket, self.order, self.attempt + 1):
                 return self._seen("superseded")
         if now - self.heard > 1.5 * self.order.limits["agent_silence"] + 2 * self.order.limits["state"]:
             return self._seen("silent")
-        return self._seen("overdue") if now > self.end_at else None
+        return None
 
     def _gone(self, show: bool) -> Seen | None:
         with suppress(BucketError):
@@ -235,16 +241,19 @@ class _Follower:
         return self._seen("gone")
 
 
+def since_boot() -> float:
+    """Seconds, time asleep included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def request_end(bucket: Bucket, prefix: str, level: int, by: str) -> None:
     """Raise the level in control.json; it never falls, and who asked first stays named."""
     for _ in range(20):
         found, version = _control(bucket, prefix)
-        if found["level"] >= level:
-            return
+        wanted = canonical({"level": level, "by": found["by"] or by})
         try:
-            bucket.swap(
-                prefix + "/control.json", canonical({"level": level, "by": found["by"] or by}), version
-            )
+            if found["level"] < level:
+                bucket.swap(prefix + "/control.json", wanted, version)
             return
         except Conflict:
             time.sleep(0.05)

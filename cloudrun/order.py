@@ -6,16 +6,15 @@ import os
 import time
 from typing import Any, NamedTuple
 
+from cloudrun.config import DEFAULT_HOURS
 from cloudrun.errors import Corrupt
 from cloudrun.formats import canonical, parse, seconds_of, timestamp
 
+TEXTS = ("run", "project", "backend", "created", "deadline", "place", "limited_by", "if_client_lost")
 FIELDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("run", "project", "backend", "created", "deadline"), str),
-    **dict.fromkeys(("limited_by", "if_client_lost"), str),
+    **dict.fromkeys(TEXTS, str),
     **dict.fromkeys(("argv", "outputs", "folders", "env", "agent", "origin"), list),
-    **dict.fromkeys(("manifest", "limits"), dict),
-    "seconds": (int, float),
-    "price": (int, float, type(None)),
+    **{"manifest": dict, "limits": dict, "seconds": (int, float), "price": (int, float, type(None))},
 }
 
 
@@ -33,6 +32,7 @@ class Order(NamedTuple):
     """order.json. `argv` is the script and its arguments; `limited_by` says which limit set the deadline.
 
     `origin` is where the run was started: "the latest run" means the latest with the same origin.
+    `place` says whose machines the run has, see cloudrun.config.place.
     `env` has the names given with -e; their values travel in env.json.
     """
 
@@ -53,6 +53,7 @@ class Order(NamedTuple):
     agent: list[str]
     limits: dict[str, float]
     origin: list[str]
+    place: str = ""
 
     @property
     def prefix(self) -> str:
@@ -92,10 +93,12 @@ def deadline(
 
     The cost cap pays for the `provider` seconds as well, that a machine may live beyond its deadline.
     """
+    if hours is None and not (cost and price):
+        hours = DEFAULT_HOURS  # a cap on what costs nothing is none
     seconds, limited_by = (hours * 3600 if hours else float("inf")), "deadline"
     if cost is not None and price:
         capped = max(cost / price * 3600 - provider, 0.0)
         if capped < seconds:
             seconds, limited_by = capped, "cost"
-    seconds = min(seconds, 30 * 24 * 3600.0)  # what no limit bounds is bounded by a month
+    seconds = min(seconds, 120 * 24 * 3600.0)  # the longest limit that a provider keeps
     return timestamp(created + seconds), round(seconds, 3), limited_by

@@ -26,7 +26,6 @@ class Output:
 
     def __init__(self, bucket: Bucket, prefix: str, report: Report, tick: Callable[[], bool]) -> None:
         self.printed = 0
-        self.at_line_start = True
         self.closed = False
         self._bucket, self._prefix, self._report, self._tick = bucket, prefix, report, tick
         self._lost: set[int] = set()
@@ -61,7 +60,7 @@ class Output:
             self.closed = self.closed or (error.errno == errno.EPIPE and fd == 1)
             if error.errno not in (errno.EPIPE, errno.EIO):
                 self._report.warn(f"cannot print the output here: {error.strerror}; see cloudrun logs")
-        self.at_line_start = data[-1] == 10
+        self._report.unfinished = data[-1] != 10 and os.isatty(fd)
 
     def _write_all(self, fd: int, data: memoryview) -> None:
         plain = stat.S_ISREG(os.fstat(fd).st_mode)

@@ -259,7 +259,7 @@ def returned(outputs: tuple[str, ...]) -> list[str]:
     folders = list(RETURNED)
     for output in outputs:
         path = os.path.normpath(output)
-        if path.startswith(("/", "../", "data/")) or path in (".", "..", "data"):
+        if path.startswith(("/", "../", "data/")) or path in (".", "..", "data") or os.path.isfile(path):
             raise UsageError(f"--output {output}: not a directory inside the project that can come back")
         if not any(f"{path}/".startswith(f"{folder}/") for folder in folders):
             folders = [folder for folder in folders if not folder.startswith(f"{path}/")] + [path]

@@ -137,17 +137,16 @@ class _Pull:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            with open(os.open(temporary, flags, 0o600), "wb", buffering=0) as file:
+            with open(os.open(temporary, flags, 0o600), "wb") as file:
                 for piece in self._bucket.chunks(source):
                     digest.update(piece)
                     size += len(piece)
                     if size > entry.size:
                         break
-                    view = memoryview(piece)
-                    while view:
-                        view = view[file.write(view) :]
+                    file.write(piece)
                 if size != entry.size or digest.hexdigest() != entry.sha256:
                     raise Corrupt(f"{source} is damaged in the bucket; {shown(path)} was not fetched")
+                file.flush()
                 os.fchmod(file.fileno(), entry.mode)
                 os.fsync(file.fileno())
             os.replace(temporary, self._local(path))

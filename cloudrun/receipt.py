@@ -11,18 +11,9 @@ from cloudrun.formats import parse, shown
 from cloudrun.storage import Bucket
 
 FIELDS: dict[str, type | tuple[type, ...]] = {
-    "reason": str,
-    "status": (int, type(None)),
-    "signal": (str, type(None)),
-    "message": str,
-    "save": str,
-    "by": str,
-    "started": str,
-    "ended": str,
-    "seconds": (int, float),
-    "chunks": int,
-    "attempt": int,
-    "uncopied": int,
+    **dict.fromkeys(("reason", "message", "save", "by", "started", "ended"), str),
+    **dict.fromkeys(("chunks", "attempt", "uncopied"), int),
+    **{"status": (int, type(None)), "signal": (str, type(None)), "seconds": (int, float)},
 }
 
 
@@ -43,8 +34,8 @@ def read_receipt(bucket: Bucket, prefix: str) -> dict[str, Any] | None:
     if bucket.size(name) is None:
         return None
     receipt = parse(bucket.get(name)[0], name, **FIELDS)
-    if receipt["status"] is not None and not 0 <= receipt["status"] <= 255:
-        raise Corrupt(f"{name} is damaged: {receipt['status']} is no exit status")
+    if not (0 <= (receipt["status"] or 0) <= 255 and 0 <= receipt["seconds"] < 1e9):  # JSON can say infinity
+        raise Corrupt(f"{name} is damaged: no program ends like that")
     return receipt
 
 

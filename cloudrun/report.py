@@ -45,6 +45,7 @@ class Report:
         self._quiet, self._verbose, self._fd = quiet, verbose, fd
         self._terminal = os.isatty(fd) and environ.get("TERM") != "dumb"
         self._colour = self._terminal and not environ.get("NO_COLOR")
+        self.unfinished = False  # main.py has begun a line on the terminal: what we drew would wipe it out
         self._drawn = False
         self._drawn_at = 0.0
         self._begun: dict[str, float] = {}
@@ -92,7 +93,9 @@ class Report:
             self._drawn = False
 
     def _may_draw(self) -> bool:
-        return self._terminal and not self._quiet and time.monotonic() - self._drawn_at > REDRAW_SECONDS
+        if not self._terminal or self._quiet or self.unfinished:
+            return False
+        return time.monotonic() - self._drawn_at > REDRAW_SECONDS
 
     def _draw(self, text: str) -> None:
         width = 80
@@ -103,6 +106,9 @@ class Report:
 
     def _line(self, text: str, colour: str = "") -> None:
         self.clear()
+        if self._terminal and self.unfinished:
+            self._write("\n")
+            self.unfinished = False
         for line in text.split("\n"):
             line = f"cloudrun: {line}"
             self._write(f"\x1b[{colour}m{line}\x1b[0m\n" if colour and self._colour else line + "\n")

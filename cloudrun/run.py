@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cloudrun.backends import Backend, Boot, Offer
-from cloudrun.bill import Ended, as_claimed, close, see_ended
+from cloudrun.bill import Ended, close, end_of, ends_of, see_ended
 from cloudrun.errors import BucketError, CloudrunError, Conflict, Interrupted
 from cloudrun.follow import Seen, conclude, follow, requested_end
 from cloudrun.formats import canonical, timestamp
@@ -70,9 +70,13 @@ def execute(
         if machine.ended is None:
             return None
         ends.append(machine.ended)
+        if seen.how == "superseded":
+            break
         outcome = conclude(client.bucket, order, seen)
         if outcome.reason != "preempted" or not may_continue(client, order, offer):
-            return settle(client, order, ends, outcome)
+            if settle(client, order, ends, outcome):
+                return outcome
+            break
         client.report.say("the machine was taken away; going on with another one, from the last save")
         attempt += 1
     return see_through(client, order, mine=mine)
@@ -89,19 +93,20 @@ def see_through(client: Client, order: Order, *, mine: bool = False) -> Outcome:
         if bill:
             return conclude(client.bucket, order, Seen("gone"), bill)
         seen = follow(client, order, attempt, mine=mine, show=mine)
-        ended = end_of(client, order, attempt, grace=seen.grace or 0.0)
+        ended = end_of(client.backend, client.bucket, order, attempt, grace=seen.grace or 0.0)
         if last_attempt(client.bucket, order) > attempt:
             continue
         outcome = conclude(client.bucket, order, seen)
-        offer = best_offer(client.backend)
-        if outcome.reason == "preempted" and may_continue(client, order, offer):
+        if outcome.reason == "preempted":
+            offer = best_offer(client.backend)
+            if may_continue(client, order, offer):
+                client.signals.rearm()
+                continued = execute(client, order, offer, attempt + 1, mine=mine)
+                assert continued
+                return continued
+        if settle(client, order, [ended] if attempt else [], outcome):
             client.signals.rearm()
-            continued = execute(client, order, offer, attempt + 1, mine=mine)
-            assert continued
-            return continued
-        settle(client, order, [ended] if attempt else [], outcome)
-        client.signals.rearm()
-        return outcome
+            return outcome
 
 
 @contextmanager
@@ -129,23 +134,15 @@ def lease(client: Client, order: Order, attempt: int, offer: Offer, machine: Lea
         client.signals.rearm()
 
 
-def settle(client: Client, order: Order, ends: list[Ended], outcome: Outcome) -> Outcome:
-    """Close the bill; `ends` are the last machines. A bucket that refuses it does not change the outcome."""
+def settle(client: Client, order: Order, ends: list[Ended], outcome: Outcome) -> bool:
+    """Close the bill; False if another client continues the run. A bucket that refuses changes nothing."""
     client.report.stage("bill")
     try:
-        others = range(1, last_attempt(client.bucket, order) - len(ends) + 1)
-        earlier = [end_of(client, order, attempt, grace=0.0) for attempt in others]
-        close(client.bucket, order, earlier + ends, outcome.reason, outcome.exit_code)
+        every = ends_of(client.backend, client.bucket, order, ends)
+        return close(client.bucket, order, every, outcome.reason, outcome.exit_code)
     except BucketError as error:
         client.report.warn(f"the machine is ended, but the bill could not be closed: {error}")
-    return outcome
-
-
-def end_of(client: Client, order: Order, attempt: int, *, grace: float) -> Ended:
-    """The machine of an attempt that may be somebody else's, seen ended. Raises StillRunning."""
-    name, limit = instance_name(order.run, attempt), order.limits["stop"]
-    ended = see_ended(client.backend, name, grace=grace, limit=limit, layer="sweep")
-    return as_claimed(client.bucket, order, attempt, ended)
+    return True
 
 
 def claim(client: Client, order: Order, attempt: int, offer: Offer) -> bool:
@@ -178,7 +175,7 @@ def boot_of(bucket: Bucket, order: Order, attempt: int, name: str) -> Boot:
         "prefix": order.prefix,
         "agent": order.agent,
         "order": [order.prefix + "/order.json", hashlib.sha256(order.content()).hexdigest()],
-        "left": min(order.left(), order.seconds),  # a clock that was set back lengthens nothing
+        "left": min(order.left(), order.seconds),  # never more than the whole run, whatever the clock says
         "agent_gone": order.limits["agent_gone"],
         "agent_silence": order.limits["agent_silence"],
     }

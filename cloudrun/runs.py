@@ -65,9 +65,7 @@ def _latest(bucket: Bucket, project: str, origin: list[str]) -> Order:
         found = [order for order in found if order.origin == origin]
         if found:
             return max(found, key=lambda order: order.created)
-    raise UsageError(
-        "no run was started from this directory; `cloudrun ps` shows the open ones, give a run id"
-    )
+    raise UsageError("no run was started from this directory; give an id, `cloudrun ps` shows the open ones")
 
 
 def _second(run: str) -> list[str]:
@@ -77,8 +75,15 @@ def _second(run: str) -> list[str]:
 
 def last_attempt(bucket: Bucket, order: Order) -> int:
     """The number of the newest attempt that a client claimed, 0 before the first."""
-    numbers = [int(name) for name in bucket.dirs(order.prefix + "/attempts/") if name.isdigit()]
-    return max(numbers, default=0)
+    names = bucket.dirs(order.prefix + "/attempts/")
+    newest = max((int(name) for name in names if name.isdigit()), default=0)
+    return newest - 1 if is_claimed(bucket, order, newest) is False else newest
+
+
+def is_claimed(bucket: Bucket, order: Order, attempt: int) -> bool | None:
+    """True: for a machine; False: by who closes the bill, so that there never will be one; None: not yet."""
+    claim = attempt_object(bucket, order, attempt, "claim")
+    return None if claim is None else not claim.get("closed")
 
 
 def attempt_object(bucket: Bucket, order: Order, attempt: int, what: str) -> dict[str, Any] | None:

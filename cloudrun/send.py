@@ -8,6 +8,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cloudrun.background import Background
@@ -29,21 +30,11 @@ _Member = tuple[int, Entry, str, bytes]  # of a pack: place in the plan, what it
 
 
 @dataclass
-class Sent:
-    """The manifest, a line per entry; `files` and `size` (bytes) are those of regular files."""
-
-    lines: list[str]
-    files: int
-    size: int
-
-    def manifest(self) -> Iterator[bytes]:
-        for start in range(0, len(self.lines), 4096):
-            yield ("\n".join(self.lines[start : start + 4096]) + "\n").encode("ascii")
-
-
-@dataclass
 class Plan:
-    """`lines` has a manifest line for everything that need not be sent, and None for the rest."""
+    """`lines` has a manifest line for everything that need not be sent, and None for the rest.
+
+    `files` and `size` (bytes) are those of regular files.
+    """
 
     found: list[Found]
     lines: list[str | None]
@@ -51,6 +42,11 @@ class Plan:
     size: int = 0
     new_files: int = 0
     new_size: int = 0
+
+    def manifest(self) -> Iterator[bytes]:
+        """Once everything is sent: in pieces, because there may be 100,000 lines."""
+        for start in range(0, len(self.lines), 4096):
+            yield "".join(f"{line}\n" for line in self.lines[start : start + 4096]).encode("ascii")
 
 
 def plan(found: list[Found], index: Index, bucket: Bucket, project: str) -> Plan:
@@ -70,7 +66,7 @@ def plan(found: list[Found], index: Index, bucket: Bucket, project: str) -> Plan
     return result
 
 
-def send(plan: Plan, index: Index, bucket: Bucket, project: str, progress: Progress) -> Sent:
+def send(plan: Plan, index: Index, bucket: Bucket, project: str, progress: Progress) -> Plan:
     """Store every blob that is missing. Raises CloudrunError for a file that keeps changing."""
     sender = _Sender(bucket, f"{project}/blobs/", progress, plan.lines)
     try:
@@ -89,7 +85,7 @@ def send(plan: Plan, index: Index, bucket: Bucket, project: str, progress: Progr
             if '"sha256"' in line
         )
         index.write((key, line) for key, line in pairs if settled(key))
-    return Sent(lines, plan.files, plan.size)
+    return Plan(plan.found, [*lines], plan.files, plan.size)
 
 
 def _known_line(item: Found, index: Index) -> str | None:
@@ -193,27 +189,20 @@ class _Reader:
             yield piece
 
 
-class _opened:
-    """A file descriptor for a `with` block; errors name the file."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __enter__(self) -> int:
-        try:
-            self._file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
-            raise CloudrunError(
-                f"{shown(self._path)} vanished while the project was being sent; run again"
-            ) from None
-        except OSError as error:
-            raise CloudrunError(
-                f"cannot read {shown(self._path)}: {error.strerror}; make it readable or leave it out"
-            ) from None
-        return self._file
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._file)
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    """A file descriptor. Raises CloudrunError naming the file."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise CloudrunError(f"{shown(path)} vanished while the project was being sent; run again") from None
+    except OSError as error:
+        hint = "make it readable or leave it out"
+        raise CloudrunError(f"cannot read {shown(path)}: {error.strerror}; {hint}") from None
+    try:
+        yield file
+    finally:
+        os.close(file)
 
 
 def read_consistently(path: str) -> tuple[bytes, os.stat_result]:

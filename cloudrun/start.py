@@ -17,7 +17,7 @@ from cloudrun.index import Index, index_path
 from cloudrun.order import Order, deadline, here, new_run_id, run_prefix
 from cloudrun.project import DATA, Scan, returned, scan, summary
 from cloudrun.report import Report, human_bytes
-from cloudrun.send import Plan, Sent, plan, send
+from cloudrun.send import Plan, plan, send
 from cloudrun.storage import Bucket
 from cloudrun.zipapp import agent_archive
 
@@ -100,7 +100,7 @@ def make_order(
     settings: Settings,
     wanted: Wanted,
     price: float | None,
-    sent: Sent | Plan,
+    sent: Plan,
     manifest: str,
     agent: str,
 ) -> Order:
@@ -126,6 +126,7 @@ def make_order(
         agent=[f"{settings.project}/blobs/{agent}", agent],
         limits=settings.limits,
         origin=here(),
+        place=settings.place,
     )
 
 
@@ -138,7 +139,7 @@ def agent_of(bucket: Bucket, project: str) -> str:
     return sha256
 
 
-def _send(prepared: Prepared, settings: Settings, bucket: Bucket, report: Report) -> Sent:
+def _send(prepared: Prepared, settings: Settings, bucket: Bucket, report: Report) -> Plan:
     done = [0, 0]
 
     def progress(files: int, size: int) -> None:
@@ -149,7 +150,7 @@ def _send(prepared: Prepared, settings: Settings, bucket: Bucket, report: Report
     return send(prepared.plan, prepared.known, bucket, settings.project, progress)
 
 
-def _hashed(sent: Sent, digest: hashlib._Hash) -> Iterator[bytes]:
+def _hashed(sent: Plan, digest: hashlib._Hash) -> Iterator[bytes]:
     for piece in sent.manifest():
         digest.update(piece)
         yield piece

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import suppress
 from typing import Any
 
 from cloudrun.backends import Backend, Instance
-from cloudrun.bill import Ended, as_claimed, close, forget, see_ended
-from cloudrun.errors import CloudrunError, Corrupt, Missing
+from cloudrun.bill import Ended, close, ends_of, forget, see_ended
+from cloudrun.errors import BucketError, CloudrunError, Corrupt, StillRunning
 from cloudrun.follow import Seen, conclude
 from cloudrun.formats import seconds_of
 from cloudrun.limits import DEFAULTS
@@ -25,18 +24,28 @@ QUIET_SECONDS = 600.0  # a run without a machine may belong to a client that is 
 def sweep(backend: Backend, bucket: Bucket, report: Report) -> None:
     """End machines that nobody will end, then close the bills of runs whose machines are gone.
 
-    What goes wrong with one of them is said, and keeps nobody from the next one.
+    What goes wrong with one of them keeps nobody from the next one. Raises StillRunning at the end, for
+    what could not be ended.
     """
     machines: dict[str, list[Instance]] = {}
     for instance in backend.all():
         machines.setdefault(instance.run, []).append(instance)
-    runs = {run: project for project, run in open_runs(bucket)}
+    runs: dict[str, str] = {}
+    still: list[str] = []
+    try:
+        runs = {run: project for project, run in open_runs(bucket)}
+    except CloudrunError as error:  # what is overdue has to end even if the bucket is out of reach
+        report.warn(str(error))
     for run in sorted({*runs, *machines}):
         try:
             _Visit(backend, bucket, report, run).pay(runs.get(run), machines.get(run, []))
-        except CloudrunError as error:
+        except StillRunning as error:
+            still.append(str(error))
+        except (CloudrunError, OSError, ValueError) as error:
             report.warn(f"{run}: {error}")
     bucket.tidy()
+    if still:
+        raise StillRunning("\n".join(still))
 
 
 def overdue(instance: Instance, limits: dict[str, float], receipt: dict[str, Any] | None) -> str:
@@ -64,14 +73,15 @@ class _Visit:
         """Raises CloudrunError, StillRunning among them."""
         prefix = run_prefix(project or "", self.run)
         order, receipt = None, None
-        with suppress(Missing, Corrupt):  # whatever the bucket says, a machine may have to be ended
+        with suppress(BucketError):  # whatever the bucket says, a machine may have to be ended
             order = load(self.bucket, project, self.run) if project else None
             receipt = read_receipt(self.bucket, prefix) if order else None
         limits = order.limits if order else DEFAULTS
         for instance in machines:
             why, name = overdue(instance, limits, receipt), instance.name
             if why:
-                self.console = self.backend.console(name)
+                with suppress(CloudrunError):
+                    self.console = self.backend.console(name)
                 self.ended[name] = see_ended(self.backend, name, grace=0, limit=limits["stop"], layer="sweep")
                 self.report.warn(f"ended {name}, {why} ({self.ended[name].proof})")
         if len(self.ended) < len(machines) or not project:
@@ -79,10 +89,8 @@ class _Visit:
         if order is None:
             if time.time() - _named(self.run) > QUIET_SECONDS:  # its client went before all was sent
                 forget(self.bucket, prefix, self.run)
-        elif order.backend == self.backend.name:
-            elsewhere = order.backend == "local" and order.origin[0] != os.uname().nodename
-            if not elsewhere:  # another computer cannot say how a local run is
-                self._close(order, receipt)
+        elif order.backend == self.backend.name and order.place in ("", self.backend.place):
+            self._close(order, receipt)
 
     def _close(self, order: Order, receipt: dict[str, Any] | None) -> None:
         """The bill of a run without a machine, unless there may still be a client."""
@@ -95,7 +103,8 @@ class _Visit:
         silent = time.time() - max([_named(order.run), *times])
         if receipt or self.ended or silent > QUIET_SECONDS:
             outcome = self._outcome(order, attempt)
-            ends = [self._end(order, number) for number in range(1, attempt + 1)]
+            grace = DEFAULTS["self_end"]
+            ends = ends_of(self.backend, self.bucket, order, self.ended.values(), grace=grace)
             close(self.bucket, order, ends, outcome.reason, outcome.exit_code)
 
     def _outcome(self, order: Order, attempt: int) -> Outcome:
@@ -105,14 +114,6 @@ class _Visit:
         began = state.get("phase") in ("run", "save")
         seen = Seen("preempted" if end else "gone", console=console, began=began)
         return conclude(self.bucket, order, seen)
-
-    def _end(self, order: Order, attempt: int) -> Ended:
-        """How a machine that is gone ended, as the provider and the bucket remember it."""
-        name = f"{order.run}-{attempt}"
-        ended = self.ended.get(name) or see_ended(
-            self.backend, name, grace=DEFAULTS["self_end"], limit=order.limits["stop"], layer="sweep"
-        )
-        return as_claimed(self.bucket, order, attempt, ended)
 
 
 def _named(run: str) -> float:

@@ -12,11 +12,11 @@ from fakes import OFFER, FakeBackend
 
 from cloudrun.backends import Boot
 from cloudrun.bill import Ended, close, forget, see_ended
-from cloudrun.errors import StillRunning
+from cloudrun.errors import Conflict, StillRunning
 from cloudrun.formats import canonical
 from cloudrun.limits import DEFAULTS
 from cloudrun.order import Order
-from cloudrun.runs import read_bill
+from cloudrun.runs import last_attempt, read_bill
 from cloudrun.storage.folder import FolderBucket
 
 NAME = "toy-20261125-101112-00ff-1"
@@ -192,3 +192,17 @@ def test_forget_may_be_repeated(bucket: FolderBucket) -> None:
     for _ in range(2):
         forget(bucket, make_order().prefix, NAME[:-2])
     assert list(bucket.names("open/")) == []
+
+
+def test_who_closes_the_bill_and_who_continues_exclude_each_other(bucket: FolderBucket) -> None:
+    """The claim on the next attempt goes to one of them: no machine can start under a closed bill."""
+    order = make_order()
+    claims = order.prefix + "/attempts/{}/claim.json"
+    bucket.create(claims.format(1), b'{"client":"a","time":"2026-11-25T10:00:00.000Z"}')
+    bucket.create(claims.format(2), b'{"client":"b","time":"2026-11-25T10:05:00.000Z"}')
+    assert not close(bucket, order, ends((1000, 1100)), "lost", 121)
+    assert read_bill(bucket, order) is None and last_attempt(bucket, order) == 2
+    assert close(bucket, order, ends((1000, 1100), (1200, 1300)), "exited", 0)
+    assert last_attempt(bucket, order) == 2
+    with pytest.raises(Conflict):
+        bucket.create(claims.format(3), b'{"client":"c","time":"2026-11-25T10:10:00.000Z"}')

@@ -299,15 +299,15 @@ def test_which_run_is_meant(home: Home) -> None:
     assert done.returncode == 2 and "no run was started from this directory" in done.stderr
 
 
-def test_a_local_run_of_another_computer_is_left_alone(home: Home) -> None:
-    """Its machine cannot be seen from here, which is no proof that it has ended."""
+def test_a_run_whose_machine_cannot_be_seen_from_here_is_left_alone(home: Home) -> None:
+    """Not to see a machine is no proof that it has ended."""
     project = home.project(SLEEPER)
     run = home.detach(project, "main.py")
     order = home.object(run, "order.json")
-    order.write_text(json.dumps({**json.loads(order.read_text()), "origin": ["elsewhere", str(project)]}))
+    order.write_text(json.dumps({**json.loads(order.read_text()), "place": "elsewhere:/home"}))
     for command in ("wait", "stop"):
         done = home.run(project, command, run)
-        assert done.returncode == 2 and "computer elsewhere" in done.stderr
+        assert done.returncode == 2 and "elsewhere:/home" in done.stderr
     assert home.machines() and not home.object(run, "bill.json").exists()
 
 

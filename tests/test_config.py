@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudrun.config import NEEDED, VARIABLES, from_env, project_name
+from cloudrun.config import NEEDED, from_env, project_name
 from cloudrun.errors import UsageError
 
 HERE = "/home/me/My Project"
@@ -85,10 +85,6 @@ def test_a_half_set_backend_names_all_that_is_missing(backend: str) -> None:
             from_env({"CLOUDRUN_BACKEND": backend, given_: "gs://x"}, HERE)
         for name in set(NEEDED[backend]) - {given_}:
             assert name in str(error.value)
-
-
-def test_needed_variables_are_documented() -> None:
-    assert {name for names in NEEDED.values() for name in names} <= set(VARIABLES)
 
 
 @given(st.text(min_size=1))

@@ -328,7 +328,8 @@ def test_run_ids_are_labels_and_differ():
         (1, 5.0, 1.0, 3600, "deadline"),
         (None, 1.0, 2.0, 1740, "cost"),
         (2, 1.0, 0, 7200, "deadline"),
-        (10_000, None, None, 30 * 24 * 3600, "deadline"),
+        (10_000, None, None, 120 * 24 * 3600, "deadline"),
+        (None, 5.0, 0, 24 * 3600, "deadline"),
     ],
 )
 def test_the_deadline_is_the_earlier_of_two_limits(hours, cost, price, seconds, limited_by):

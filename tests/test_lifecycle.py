@@ -526,7 +526,7 @@ def test_a_preempted_run_that_was_to_end_does_not_go_on(make: Callable[..., Worl
     order = world.order()
     world.report.on_stage = lambda name: kill() if name == "follow" else None
     outcome = world.execute(order)
-    assert outcome.reason == "preempted" and len(world.backend.boots) == 1
+    assert (outcome.reason, outcome.exit_code) == ("stopped", 130) and len(world.backend.boots) == 1
 
 
 def test_who_loses_the_claim_sees_the_run_through(make: Callable[..., World]) -> None:
@@ -653,7 +653,7 @@ def test_a_bill_is_closed_once(make: Callable[..., World]) -> None:
     first = read_bill(world.bucket, order)
     with Signals() as signals:
         client = world.client(signals)
-        end = run.end_of(client, order, 1, grace=0)
+        end = billing.end_of(world.backend, world.bucket, order, 1, grace=0)
         run.settle(client, order, [end], run.Outcome("lost", 121, "late"))
     assert read_bill(world.bucket, order) == first
 

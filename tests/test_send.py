@@ -193,7 +193,7 @@ def test_the_second_send_sends_nothing(project, bucket, settled):
     bucket.given.clear()
     second, work = send_all(bucket)
     assert (work.new_files, work.new_size, bucket.given) == (0, 0, [])
-    assert second == first
+    assert second.lines == first.lines
 
 
 def test_one_changed_file_sends_one_file(project, bucket, settled):
@@ -273,14 +273,14 @@ def test_a_damaged_index_costs_time_and_nothing_else(project, bucket, settled, d
         file.write(damage(data))
     second, work = send_all(bucket)
     assert work.new_files == 51
-    assert second == first
+    assert second.lines == first.lines
     assert send_all(bucket)[1].new_files == 0
 
 
 def test_a_lost_index_costs_time_and_nothing_else(project, bucket, settled):
     first, _ = send_all(bucket)
     os.unlink(index_path(bucket.url, "p"))
-    assert send_all(bucket)[0] == first
+    assert send_all(bucket)[0].lines == first.lines
 
 
 def test_an_index_that_cannot_be_written_is_no_error(project, bucket, settled, tmp_path, monkeypatch):

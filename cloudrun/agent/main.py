@@ -62,6 +62,9 @@ def claim(watch: Watch) -> bool:
     return False
 
 
+STUCK_SECONDS = 60.0  # what the kernel cannot kill for so long (a driver, a lost disk) must not keep the save
+
+
 class Attempt:
     """One attempt of a run. `work` returns when nothing is left to do on this machine."""
 
@@ -113,9 +116,13 @@ class Attempt:
         fetch.inputs()
         fetch.outputs(self.saver.previous())
         self.saver.begin()
-        self.environment = dict(os.environ, CLOUDRUN_ROLE="program", PYTHONUNBUFFERED="1")
+        given = parse(self.watch.read("env.json") or b"{}", "env.json")
+        if set(self.order.get("env", ())) - set(given):
+            raise CloudrunError("the values given with -e are gone from the bucket")
+        marks = {name: value for name, value in os.environ.items() if name.startswith("CLOUDRUN_")}
+        self.environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        self.environment.update({**given, **marks, "CLOUDRUN_ROLE": "program"})
         del self.environment["CLOUDRUN_BOOT"], self.environment["CLOUDRUN_GUARD"]
-        self.environment.update(parse(self.watch.read("env.json") or b"{}", "env.json"))
 
     def run(self) -> None:
         """main.py from start to end: its output copied, saved every so often, ended if it has to be."""
@@ -124,9 +131,9 @@ class Attempt:
         python = shutil.which("python") or shutil.which("python3") or sys.executable
         program = self.program = Program([python, *self.order["argv"]], self.environment, self.log.write)
         reason, ending = None, []
-        self.saver.is_running = program.is_running
+        asked, self.saver.is_running = began, program.is_running
         self.watch.helpers.append(Task(self.saver.every_so_often, partial(self.log.write, "note")))
-        while program.status is None:
+        while program.status is None and not (reason and now() - asked > STUCK_SECONDS and not ending):
             program.pump(ENDING_SECONDS if reason else TURN_SECONDS)
             self.watch.beat()
             if not reason:
@@ -157,7 +164,7 @@ class Attempt:
             if not self.torn:
                 self.saver.look(ended=True)
             self.torn = True
-        while not kill_descendants(0.5):
+        while not kill_descendants(0.5) and now() < deadline + STUCK_SECONDS:
             self.watch.beat()
         program.last_words()
 
@@ -188,12 +195,8 @@ class Attempt:
         status = self.program.status if self.program else None
         names = {int(known): known.name for known in signal.Signals}
         killed_by = None if status is None or status >= 0 else names.get(-status, f"SIG{-status}")
-        receipt = {
-            "run": self.order["run"],
-            "attempt": self.watch.number,
-            "started": self.started,
-            "ended": stamp(),
-        }
+        receipt = {"run": self.order["run"], "attempt": self.watch.number}
+        receipt.update({"started": self.started, "ended": stamp()})
         receipt.update({"reason": self.reason, "message": self.message, "by": self.watch.by})
         receipt.update({"status": None if killed_by else status, "signal": killed_by, "save": self.unsaved})
         receipt.update({"seconds": round(self.ran, 3), "chunks": self.log.sent})

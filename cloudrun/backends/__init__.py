@@ -46,6 +46,7 @@ class Backend(Protocol):
     """No retries, no printing, no other backend. Errors are CloudrunError."""
 
     name: str
+    place: str  # see cloudrun.config.place
 
     def offers(self) -> list[Offer]:
         """What could be had now, best first."""

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from cloudrun.backends import Boot, Instance, Offer
-from cloudrun.config import data_directory
+from cloudrun.config import data_directory, place
 from cloudrun.errors import CloudrunError
 from cloudrun.formats import timestamp
 from cloudrun.processes import below, parents, pids, send
@@ -39,7 +39,7 @@ class LocalBackend:
     name = "local"
 
     def __init__(self, price: float = 0.0) -> None:
-        self._price = price
+        self._price, self.place = price, place(self.name, os.environ)
         self._children: list[subprocess.Popen[bytes]] = []
 
     def offers(self) -> list[Offer]:
@@ -76,11 +76,9 @@ class LocalBackend:
     def find(self, name: str) -> Instance | None:
         for child in self._children:
             child.poll()
-        members = [
-            (pid, mark) for pid, mark in self._marks() if mark["CLOUDRUN_INSTANCE"] == self._folder(name)
-        ]
-        if members:
-            return _instance(name, members)
+        for instance in self.all():
+            if instance.name == name:
+                return instance
         with suppress(OSError, ValueError), open(os.path.join(self._folder(name), "ended")) as file:
             seconds, _, why = file.read().partition(" ")
             ended = os.fstat(file.fileno()).st_mtime
@@ -154,7 +152,7 @@ def _working_in(folder: str) -> Iterator[int]:
     """Processes without a terminal (so no person's shell) whose directory is inside the instance's."""
     for pid in pids():
         with suppress(OSError, IndexError, ValueError):
-            if os.readlink(f"/proc/{pid}/cwd").startswith(folder + "/"):
+            if os.readlink(f"/proc/{pid}/cwd").startswith(os.path.realpath(folder) + "/"):
                 with open(f"/proc/{pid}/stat", "rb") as file:
                     if int(file.read().rpartition(b")")[2].split()[4]) == 0:
                         yield pid

@@ -13,7 +13,6 @@ import os
 import stat
 import time
 from contextlib import contextmanager, suppress
-from functools import partial
 
 from cloudrun.background import Background
 from cloudrun.errors import BucketError, BucketRefused, Conflict, Corrupt, Missing
@@ -171,8 +170,9 @@ class FolderBucket:
             _make_folder(folder)
             descriptor = os.open(path, flags, 0o600)
         try:
-            with open(descriptor, "wb", buffering=0) as file:
+            with open(descriptor, "wb") as file:
                 digest = _write_hashed(file, _content(pieces))
+                file.flush()
                 if durable:
                     os.fsync(file.fileno())
             yield path, digest
@@ -244,11 +244,11 @@ def _version(data: bytes) -> str:
 def _write_hashed(file: BinaryIO, pieces: Iterable[bytes]) -> str:
     """Hash on this thread; large content is written on another one at the same time."""
     digest, small = hashlib.sha256(), True
-    writer = Background(partial(_write_all, file), 2)
+    writer = Background(file.write, 2)
     try:
         for piece in pieces:
             if small:
-                _write_all(file, piece)
+                file.write(piece)
                 small = len(piece) < 1 << 20
             else:
                 writer.put(piece)
@@ -257,12 +257,6 @@ def _write_hashed(file: BinaryIO, pieces: Iterable[bytes]) -> str:
     finally:
         writer.close()
     return digest.hexdigest()
-
-
-def _write_all(file: BinaryIO, piece: bytes) -> None:
-    view = memoryview(piece)
-    while view:
-        view = view[file.write(view) :]
 
 
 def _with_parents(act: Callable[[str, str], None], temporary: str, path: str) -> None:

@@ -199,6 +199,24 @@ def test_ctrl_c_while_nobody_reads_the_output(home: Home, both: bool) -> None:
 # --- terminals
 
 
+def on_terminal(
+    slave: int, command: list[str], project: Path, env: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    """A process whose terminal this is; our own end of it is closed."""
+    process = subprocess.Popen(
+        command,
+        cwd=project,
+        env=env,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(slave)
+    return process
+
+
 class Terminal:
     """cloudrun on a pseudo terminal; `seen` is what came out of it."""
 
@@ -206,17 +224,8 @@ class Terminal:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 90, 0, 0))
         self.seen = b""
-        self.process = subprocess.Popen(
-            [*COMMAND, *arguments],
-            cwd=project,
-            env={**home.env, "TERM": "xterm", **env},
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
-        os.close(slave)
+        environ = {**home.env, "TERM": "xterm", **env}
+        self.process = on_terminal(slave, [*COMMAND, *arguments], project, environ)
 
     def read_until(self, word: bytes) -> None:
         while word not in self.seen:
@@ -295,17 +304,7 @@ def test_a_closed_terminal_with_nohup_changes_nothing(home: Home) -> None:
         "for _ in range(10):\n    time.sleep(0.1)\n    print('more', flush=True)\nopen('model/w', 'w')\n"
     )
     master, slave = pty.openpty()
-    process = subprocess.Popen(
-        ["nohup", *COMMAND, "main.py"],
-        cwd=project,
-        env=home.env,
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )
-    os.close(slave)
+    process = on_terminal(slave, ["nohup", *COMMAND, "main.py"], project, home.env)
     wait_until(lambda: home.runs() and list(home.object(home.only_run(), "attempts/1/log").glob("*")))
     os.close(master)
     assert process.wait(60) == 0

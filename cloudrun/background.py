@@ -1,4 +1,4 @@
-"""Work on a second thread. Sent with the agent: standard library, Python 3.8."""
+"""Work on other threads. Sent with the agent: standard library, Python 3.8."""
 
 from __future__ import annotations
 
@@ -11,36 +11,44 @@ if TYPE_CHECKING:
 
 
 class Background:
-    """Does `act` for one job after the other; at most `waiting` of them wait.
+    """Does `act` for one job after the other on so many `workers`; at most `waiting` jobs wait for them.
 
     What went wrong is raised by the next `put` or `finish`; the jobs after it are dropped.
     """
 
-    def __init__(self, act: Callable[[Any], object], waiting: int) -> None:
-        self._act = act
+    def __init__(self, act: Callable[[Any], object], waiting: int, workers: int = 1) -> None:
+        self._act, self._workers = act, workers
         self._jobs: queue.Queue[Any] = queue.Queue(waiting)
         self._error: Exception | None = None
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def put(self, job: object) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True)
-            self._thread.start()
-        self._raise()
+        if len(self._threads) < self._workers:
+            self._threads.append(threading.Thread(target=self._run, daemon=True))
+            self._threads[-1].start()
+        self.check()
         self._jobs.put(job)
 
     def finish(self) -> None:
         """Wait until everything is done."""
         self._jobs.join()
-        self._raise()
+        self.check()
 
     def close(self) -> None:
-        """End the thread. Raises nothing."""
-        if self._thread is not None:
+        """End the threads. Raises nothing."""
+        for _ in self._threads:
             self._jobs.put(None)
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _raise(self) -> None:
+    def drop(self, seconds: float) -> None:
+        """Begin no more jobs, and wait only so long for those that are being done."""
+        self._error = self._error or RuntimeError("dropped")
+        with self._jobs.all_tasks_done:
+            self._jobs.all_tasks_done.wait_for(lambda: not self._jobs.unfinished_tasks, seconds)
+
+    def check(self) -> None:
+        """Raise what went wrong; a long job asks now and then whether it is still wanted."""
         if self._error is not None:
             raise self._error
 

@@ -14,7 +14,16 @@ from cloudrun.order import Order
 from cloudrun.runs import attempt_object, is_claimed, last_attempt
 from cloudrun.storage import Bucket
 
-POLL_SECONDS = 0.02
+
+class Patience(NamedTuple):
+    """Seconds: `grace` for a machine to end itself, then `limit` for it to be seen ended by us.
+
+    `doubtful`: its create call did not come back, so that it may appear after we have looked in vain.
+    """
+
+    grace: float
+    limit: float
+    doubtful: bool = False
 
 
 class Ended(NamedTuple):
@@ -27,46 +36,51 @@ class Ended(NamedTuple):
     proof: str
 
 
-def see_ended(backend: Backend, name: str, *, grace: float, limit: float, layer: str) -> Ended:
-    """Give the machine `grace` seconds to end itself, then end it, and look until it is gone.
+def see_ended(backend: Backend, name: str, patience: Patience, *, layer: str) -> Ended:
+    """Wait for the machine to end itself, then end it, and look until it is gone.
 
-    Raises StillRunning, with what to do by hand, if that cannot be seen within `limit` seconds.
+    Raises StillRunning, with what to do by hand, if that cannot be seen in time.
     """
-    started, patience, deadline = None, time.monotonic() + grace, time.monotonic() + grace + limit
-    errors: list[str] = []
-    stopped_by = layer
+    began = time.monotonic()
+    started, errors, stopped_by = None, [], layer
+    appears = began + (backend.appears_within if patience.doubtful else 0.0)
+    graceful = began + patience.grace
     while True:
         try:
             instance = backend.find(name)
             if instance:
                 started = instance.started
             if instance is None or instance.ended is not None:
-                ended = instance.ended if instance and instance.ended else time.time()
-                if instance and time.monotonic() < patience:
+                if instance and time.monotonic() < graceful:
                     stopped_by = "agent" if instance.why == "the run is finished" else "guard"
                 backend.stop(name)  # nothing is left to end; this frees what the machine left behind
-                proof = f"{backend.name}: no {name}, seen {timestamp(time.time())}"
-                return Ended(name, started, ended, stopped_by, proof)
-            if time.monotonic() > patience or not instance.alive:
-                patience = 0.0
+                if instance or time.monotonic() >= appears:
+                    ended = instance.ended if instance and instance.ended else time.time()
+                    proof = f"{backend.name}: no {name}, seen {timestamp(time.time())}"
+                    return Ended(name, started, ended, stopped_by, proof)
+            elif time.monotonic() > graceful or not instance.alive:
+                graceful = 0.0
                 backend.stop(name)
         except Exception as error:  # whatever it is, it must not keep us from trying again
             errors.append(str(error))
-        if time.monotonic() > deadline:
+        if time.monotonic() > max(began + patience.grace, appears) + patience.limit:
             raise StillRunning(
                 f"{name} may still be running: {errors[-1] if errors else 'it was still there'}\n"
                 f"end it by hand: {backend.by_hand(name)}"
             )
-        time.sleep(POLL_SECONDS)
+        time.sleep(backend.pace)
 
 
 def end_of(backend: Backend, bucket: Bucket, order: Order, attempt: int, *, grace: float) -> Ended:
     """The machine of an attempt that may be somebody else's, seen ended. Raises StillRunning.
 
-    With the times that the bucket knows: made after its claim, gone before the next attempt's claim.
+    With the times that the bucket knows: made after its claim, gone before the next attempt's claim. A
+    machine that nobody saw end has not outlived the provider's own limit.
     """
-    name, limit = f"{order.run}-{attempt}", order.limits["stop"]
-    ended = see_ended(backend, name, grace=grace, limit=limit, layer="sweep")
+    patience = Patience(grace, order.limits["stop"])
+    ended = see_ended(backend, f"{order.run}-{attempt}", patience, layer="sweep")
+    if ended.started is None:
+        ended = ended._replace(ended=min(ended.ended, seconds_of(order.ends_by)))
     with suppress(BucketError):
         claim, after = (attempt_object(bucket, order, n, "claim") for n in (attempt, attempt + 1))
         if claim and ended.started is None:

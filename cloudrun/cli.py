@@ -5,21 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from cloudrun import __version__
 from cloudrun.errors import FAILED, CloudrunError, Interrupted, UsageError
-
-if TYPE_CHECKING:
-    from cloudrun.config import Settings
-    from cloudrun.order import Order
-    from cloudrun.report import Report
-    from cloudrun.run import Client
-    from cloudrun.start import Wanted
 
 EPILOG = """\b
 Examples:
@@ -62,6 +53,9 @@ class Script(click.Command):
 
     def invoke(self, context: click.Context) -> int:
         assert context.parent and self.name
+        from cloudrun.launch import run_script
+
+        gc.set_threshold(100_000)  # 100,000 files make as many tuples and no cycles; counting costs a third
         return run_script(self.name, context.obj, **context.parent.params)
 
 
@@ -71,6 +65,7 @@ class Command(click.Command):
     def invoke(self, context: click.Context) -> int:
         from cloudrun import commands
         from cloudrun.config import from_env
+        from cloudrun.launch import open_client, open_report
 
         assert self.name
         options = self.options_before(context)
@@ -156,133 +151,6 @@ def completion(shell: str) -> int:
     return 0
 
 
-def run_script(name: str, arguments: list[str], **options: Any) -> int:
-    """The story of `cloudrun main.py`, from the user's side."""
-    gc.set_threshold(100_000)  # 100,000 files make as many tuples and no cycles; counting them costs a third
-    from cloudrun.closing import dry_run_lines
-
-    settings, wanted = check(name, arguments, options)
-    report = open_report(**options)
-    if settings.chosen:
-        report.say(f"backend {settings.backend}, because {settings.chosen}")
-    with open_client(settings, report) as client:
-        if not options["dry_run"]:
-            return start_and_follow(client, settings, wanted, options)
-        for line in dry_run_lines(client, settings, wanted):
-            click.echo(line)
-        return 0
-
-
-def check(name: str, arguments: list[str], options: dict[str, Any]) -> tuple[Settings, Wanted]:
-    """Raises UsageError with everything that is wrong, at once."""
-    from cloudrun.closing import check_json
-    from cloudrun.config import from_env
-    from cloudrun.project import check_project, returned
-    from cloudrun.start import Wanted
-
-    here, environ, problems = os.getcwd(), dict(os.environ), []
-
-    def attempt(check: Callable[..., Any], *values: Any, **flags: Any) -> Any:
-        try:
-            return check(*values, **flags)
-        except UsageError as error:
-            problems.append(str(error))
-
-    limits = {key: options[key] for key in ("backend", "max_hours", "max_cost")}
-    script = attempt(check_project, here, name)
-    settings = attempt(from_env, environ, here, **limits)
-    attempt(returned, options["output"])
-    env = attempt(environment, options["env"], environ)
-    attempt(check_json, options["json_file"])
-    if problems:
-        raise UsageError("\n".join(problems))
-    if script.startswith("-"):
-        script = "./" + script  # Python would take it for an option
-    return settings, Wanted([script, *arguments], env, options["output"], options["if_client_lost"])
-
-
-def environment(pairs: tuple[str, ...], environ: dict[str, str]) -> dict[str, str]:
-    """The values of -e. Raises UsageError naming every one that is not set here."""
-    found, missing = {}, []
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not name or (not equals and name not in environ):
-            missing.append(f"-e {pair}: not set here; give a value, -e {name or 'NAME'}=VALUE")
-        else:
-            found[name] = value if equals else environ[name]
-    if missing:
-        raise UsageError("\n".join(missing))
-    return found
-
-
-def start_and_follow(client: Client, settings: Settings, wanted: Wanted, options: dict[str, Any]) -> int:
-    from cloudrun.closing import bring_home, price_words, write_record
-    from cloudrun.commands import sweep_up
-    from cloudrun.run import best_offer, check_time, execute
-    from cloudrun.start import describe, prepare, store
-
-    report = client.report
-    sweep_up(client)
-    report.stage("scan")
-    prepared = prepare(settings, client.bucket)
-    report.say(describe(prepared))
-    report.stage("offer")
-    offer = best_offer(client.backend)
-    order = store(prepared, settings, wanted, offer.price, (client.bucket, report))
-    try:
-        check_time(order, offer)
-        report.say(f"{offer.what}, {price_words(order)}")
-        report.detail(f"run {order.run}, kept in {client.bucket.url}/{order.prefix}")
-        outcome = execute(client, order, offer, detach=options["detach"])
-    except BaseException as error:
-        abandon(client, order)
-        if isinstance(error, Interrupted):
-            report.say("no machine of this run is left")
-        raise
-    if options["detach"]:
-        click.echo(order.run)
-    if outcome is None:
-        return 0
-    code, pulled = bring_home(client, order, outcome)
-    if options["json_file"]:
-        written = write_record(options["json_file"], client, order, pulled)
-        code = code or written
-    return code
-
-
-def abandon(client: Client, order: Order) -> None:
-    """The end of a run that never asked for a machine."""
-    from contextlib import suppress
-
-    from cloudrun.bill import close, forget
-    from cloudrun.runs import last_attempt
-
-    with suppress(CloudrunError):  # what ended the run is what the user should read
-        try:
-            close(client.bucket, order, [], "failed", FAILED)
-        except CloudrunError:
-            if not last_attempt(client.bucket, order):
-                forget(client.bucket, order.prefix, order.run)
-
-
-def open_report(quiet: bool = False, verbose: bool = False, **_: object) -> Report:
-    from cloudrun.report import Report
-
-    return Report(quiet=quiet, verbose=verbose, environ=os.environ)
-
-
-@contextmanager
-def open_client(settings: Settings, report: Report) -> Iterator[Client]:
-    """Within this context signals are ours."""
-    from cloudrun.backends import open_backend
-    from cloudrun.run import Client
-    from cloudrun.signals import Signals
-    from cloudrun.storage import open_bucket
-
-    with Signals() as signals:
-        yield Client(open_bucket(settings.bucket), open_backend(settings), report, signals)
-
-
 def open_descriptors() -> None:
     """Stand-ins for closed standard streams: else the next file that we open would get its number."""
     for descriptor in (0, 1, 2):
@@ -290,6 +158,12 @@ def open_descriptors() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+
+
+def say_error(text: str) -> None:
+    from cloudrun.report import Report
+
+    Report(quiet=False, verbose=False, environ=os.environ).error(text)
 
 
 def main() -> None:
@@ -304,13 +178,13 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 141
     except (Interrupted, CloudrunError, OSError) as error:
-        open_report().error(str(error))
+        say_error(str(error))
         code = getattr(error, "exit_code", FAILED)
     except (click.exceptions.Abort, KeyboardInterrupt, EOFError):  # Click turns these into exit code 1
         code = 130
     except Exception:
         import traceback
 
-        open_report().error(f"this is a bug of cloudrun {__version__}:\n{traceback.format_exc()}")
+        say_error(f"this is a bug of cloudrun {__version__}:\n{traceback.format_exc()}")
         code = FAILED
     sys.exit(code)

@@ -63,10 +63,18 @@ def last_line(bucket: Bucket, order: Order, outcome: Outcome, *fetched: str) -> 
 
 
 def check_json(path: str | None) -> None:
-    """Raises UsageError for a --json FILE that cannot be written: later would be too late."""
-    folder = os.path.dirname(path or "") or os.curdir
-    if path is not None and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
-        raise UsageError(f"--json {path}: cannot write there")
+    """Raises UsageError for a --json FILE that cannot be written or is no record: later would be too late."""
+    if path is None:
+        return
+    try:
+        with open(path, "r+b") as file:
+            if file.seekable() and file.read(1) not in (b"", b"{"):
+                raise UsageError(f"--json {path}: that file is there, and is no record of a run")
+    except FileNotFoundError:
+        if not os.access(os.path.dirname(path) or os.curdir, os.W_OK):
+            raise UsageError(f"--json {path}: cannot write there") from None
+    except OSError as error:
+        raise UsageError(f"--json {path}: cannot write there: {error.strerror}") from None
 
 
 def write_record(path: str, client: Client, order: Order, pulled: Pulled) -> int:

@@ -224,6 +224,9 @@ class _Follower:
                 return self._gone(show)
             if is_claimed(self.client.bucket, self.order, self.attempt + 1):
                 return self._seen("superseded")
+        unborn = self.mine and not self.state and now - self.begun > self.order.limits["boot"]
+        if unborn and not self.cut_off:
+            return self._seen("silent")
         if now - self.heard > 1.5 * self.order.limits["agent_silence"] + 2 * self.order.limits["state"]:
             return self._seen("silent")
         return None

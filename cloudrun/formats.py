@@ -7,7 +7,8 @@ so that bytes which are not UTF-8 survive as lone surrogates):
     <project>/blobs/<sha256>          inputs and agent, immutable, shared by all runs
     <project>/runs/<run>/order.json   see cloudrun.order.Order
                         /manifest.jsonl  a line per input, in the order in which it was scanned:
-                            {"path", "mode", "size", "sha256", "parts": [[blob, offset, length], ...]}
+                            {"path", "mode", "size", "sha256", "parts": [[blob, offset, length], ...]};
+                            several parts are whole blobs, and sha256 is that of `digest_of` them
                             {"path", "mode", "dir": true} for an empty directory
                             {"path", "link": target} for a link that stays inside the project
                         /env.json     {NAME: value}; deleted when the bill is closed
@@ -36,6 +37,7 @@ pipe to its parent: `.` alive, `R` the run is finished, `L<seconds>\\n` so much 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -47,7 +49,7 @@ from cloudrun.errors import Corrupt
 
 TYPE_CHECKING = False  # importing typing costs the agent 6 ms; type checkers know this name
 if TYPE_CHECKING:
-    from typing import Any, Iterator
+    from typing import Any, Iterable, Iterator
 
 MAX_PATH = 4096
 HEX64 = re.compile(r"[0-9a-f]{64}\Z")
@@ -129,9 +131,16 @@ def read_entry(value: Any, name: str, *, with_parts: bool) -> Entry:
             raise ValueError(sha256)
         if with_parts and sum(length for _, _, length in parts) != size:
             raise ValueError(size)
+        if len(parts) > 1 and (any(offset for _, offset, _ in parts) or digest_of(parts) != sha256):
+            raise ValueError(parts)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise Corrupt(f"{name} is damaged: {str(value)[:200]!r} is no entry of it") from None
     return Entry(path, mode & 0o777, size, sha256, parts)
+
+
+def digest_of(parts: Iterable[tuple[str, int, int]]) -> str:
+    """The sha256 of a file in several parts: of their sha256s, so that they can be hashed side by side."""
+    return hashlib.sha256("".join(blob for blob, _, _ in parts).encode("ascii")).hexdigest()
 
 
 def _read_part(part: Any) -> tuple[str, int, int]:

@@ -1,7 +1,6 @@
 """What is known of the project's files from the last time: it saves hashing, and decides nothing else.
 
-A line per file: the stat that it had, a tab, its manifest line. The last line is the sha256 of the others.
-Losing the index, or finding it damaged, costs time only.
+A line per file: the stat that it had, a tab, its manifest line.
 """
 
 from __future__ import annotations
@@ -13,26 +12,15 @@ from collections.abc import Iterable
 from contextlib import suppress
 from json.encoder import encode_basestring_ascii as quote
 
+from cloudrun.cache import cache_path, keep, read
+
 SETTLED_NS = 2_000_000_000  # a file that changed this recently may change again without a new mtime
 
 
-def cache_folder() -> str | None:
-    """Where we keep what only saves time; None where there is no place for it."""
-    import platformdirs
-
-    try:
-        folder = platformdirs.user_cache_dir("cloudrun")
-    except RuntimeError:  # there is no home; older versions return a path with ~
-        return None
-    return folder if os.path.isabs(folder) else None
-
-
 def index_path(bucket_url: str, project: str) -> str | None:
-    """Where the index of this directory lives."""
-    folder = cache_folder()
+    """Where the index of this directory lives; None where there is no place for it."""
     key = f"{os.getcwd()}\n{bucket_url}\n{project}"
-    name = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
-    return os.path.join(folder, "index", name) if folder else None
+    return cache_path("index", hashlib.sha256(os.fsencode(key)).hexdigest()[:32])
 
 
 def stat_key(status: os.stat_result) -> str:
@@ -61,38 +49,16 @@ class Index:
         return line if key == stat_key(status) else None
 
     def write(self, lines: Iterable[tuple[str, str]]) -> None:
-        """Replace the index by these `stat_key`s and manifest lines.
-
-        A disk that is full or read-only costs the next send some time, no more.
-        """
-        if not self._path:
-            return
-        temporary = f"{self._path}.{os.getpid()}"
-        digest = hashlib.sha256()
-        try:
-            os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
-            with open(temporary, "wb") as file:
-                for key, line in lines:
-                    data = f"{key}\t{line}\n".encode("ascii")
-                    digest.update(data)
-                    file.write(data)
-                file.write(digest.hexdigest().encode("ascii"))
-            os.replace(temporary, self._path)
-        except OSError:
-            with suppress(OSError):
-                os.unlink(temporary)
+        """Replace the index by these `stat_key`s and manifest lines."""
+        if self._path:
+            keep(self._path, (f"{key}\t{line}\n".encode("ascii") for key, line in lines))
 
 
 def _read(path: str) -> dict[str, str]:
-    """Raises ValueError if it is damaged."""
-    known, digest, last = {}, hashlib.sha256(), b""
-    with open(path, "rb") as file:
-        for last in file:
-            if last.endswith(b"\n"):
-                digest.update(last)
-                line = last[:-1].decode("ascii")
-                start = line.index("\t") + 9  # past {"path":
-                known[line[start : line.index(',"mode":', start)]] = line
-    if last.decode("ascii") != digest.hexdigest():
-        raise ValueError(path)
+    """Raises OSError; ValueError if it is damaged."""
+    known = {}
+    for data in read(path):
+        line = data[:-1].decode("ascii")
+        start = line.index("\t") + 9  # past {"path":
+        known[line[start : line.index(',"mode":', start)]] = line
     return known

@@ -18,15 +18,17 @@ def pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
+def stat_of(pid: int) -> list[bytes]:
+    """/proc/<pid>/stat from its third field on: state, parent, group, … Empty if there is no such process."""
+    with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()
+    return []
+
+
 def parents() -> dict[int, int]:
     """The parent of every process that is not a zombie."""
-    found = {}
-    for pid in pids():
-        with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
-            state, parent = file.read().rpartition(b")")[2].split()[:2]
-            if state not in (b"Z", b"X"):
-                found[pid] = int(parent)
-    return found
+    stats = ((pid, stat_of(pid)) for pid in pids())
+    return {pid: int(stat[1]) for pid, stat in stats if stat and stat[0] not in (b"Z", b"X")}
 
 
 def below(roots: Iterable[int], parent_of: dict[int, int]) -> set[int]:

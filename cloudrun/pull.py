@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quote
+from typing import IO
 
-from cloudrun.errors import CloudrunError, Corrupt
-from cloudrun.formats import Entry, parse, read_entry, shown
+from cloudrun.errors import CloudrunError, Corrupt, Missing
+from cloudrun.formats import Entry, digest_of, parse, read_entry, shown
 from cloudrun.order import Order
 from cloudrun.project import DATA
 from cloudrun.report import Report
 from cloudrun.storage import Bucket
 
 MAX_OUTPUTS = 256 << 20  # bytes of outputs.json, which comes from a machine that is not ours
+PIECE = 256 << 10
 NOT_A_FILE = ""
 
 
@@ -33,12 +36,10 @@ class Pulled:
 def outputs(bucket: Bucket, order: Order) -> list[Entry]:
     """The run's last complete set. Raises Corrupt."""
     name = order.prefix + "/outputs.json"
-    size = bucket.size(name)
-    if size is None:
+    try:
+        values = parse(bucket.get(name, MAX_OUTPUTS)[0], name, files=list)["files"]
+    except Missing:
         return []
-    if size > MAX_OUTPUTS:
-        raise Corrupt(f"{name} is damaged: it has {size} bytes")
-    values = parse(bucket.get(name)[0], name, files=list)["files"]
     entries = [read_entry(value, name, with_parts=False) for value in values]
     for entry in entries:
         if entry.link or not any(f"{entry.path}/".startswith(f"{top}/") for top in order.outputs):
@@ -60,9 +61,9 @@ def pull(bucket: Bucket, order: Order, root: str, report: Report) -> Pulled:
 
 
 class _Pull:
-    """One pull into the project at `root`; `sent` has the sha256 of what the run sent."""
+    """One pull into the project at `root`; `sent` has what the run sent."""
 
-    def __init__(self, bucket: Bucket, order: Order, root: str, sent: dict[str, str]) -> None:
+    def __init__(self, bucket: Bucket, order: Order, root: str, sent: dict[str, Entry]) -> None:
         self.pulled = Pulled()
         self._bucket, self._root, self._run, self._sent = bucket, root, order.run, sent
         self._saved = order.prefix + "/saved/"
@@ -96,8 +97,12 @@ class _Pull:
 
     def _is_ours(self, path: str, local: str) -> bool:
         """What this run sent as this file, or saved: then nothing is lost when it is replaced."""
-        known = local != NOT_A_FILE and local == self._sent.get(path)
-        return known or (local != NOT_A_FILE and self._bucket.size(self._saved + local) is not None)
+        if local == NOT_A_FILE:
+            return False
+        sent = self._sent.get(path)
+        if sent and (_parts_digest(self._local(path), sent) if len(sent.parts) > 1 else local) == sent.sha256:
+            return True
+        return self._bucket.size(self._saved + local) is not None
 
     def _make(self, folder: str) -> None:
         """Make a directory, never through a link that leaves the project, model/ or checkpoint/."""
@@ -161,17 +166,30 @@ class _Pull:
 
 def _local_sha256(path: str) -> str | None:
     """None if there is nothing; NOT_A_FILE for what is no regular file that we can read."""
-    digest = hashlib.sha256()
     try:
         if not os.path.lexists(path):
             return None
         if os.path.islink(path) or not os.path.isfile(path):
             return NOT_A_FILE
         with open(path, "rb", buffering=0) as file:
-            for piece in iter(lambda: file.read(1 << 20), b""):
-                digest.update(piece)
+            return _sha256(file, sys.maxsize)
     except OSError:
         return NOT_A_FILE
+
+
+def _parts_digest(path: str, sent: Entry) -> str | None:
+    """What `digest_of` would say of a local file in the parts in which it was sent."""
+    if os.path.getsize(path) != sent.size:
+        return None
+    with open(path, "rb", buffering=0) as file:
+        return digest_of((_sha256(file, length), 0, length) for *_, length in sent.parts)
+
+
+def _sha256(file: IO[bytes], length: int) -> str:
+    digest = hashlib.sha256()
+    while length and (data := file.read(min(length, PIECE))):
+        digest.update(data)
+        length -= len(data)
     return digest.hexdigest()
 
 
@@ -183,15 +201,16 @@ def _beside(name: str, run: str) -> str:
     return os.fsdecode(raw) + suffix
 
 
-def _sent(bucket: Bucket, order: Order, wanted: set[str]) -> dict[str, str]:
-    """path → sha256 of what this run sent, for the wanted paths."""
+def _sent(bucket: Bucket, order: Order, wanted: set[str]) -> dict[str, Entry]:
+    """path → what this run sent, for the wanted paths; nothing if the manifest is gone."""
     name = order.prefix + "/manifest.jsonl"
     keys = {quote(path).encode("ascii") for path in wanted}
-    found: dict[str, str] = {}
-    for line in _lines(bucket, name):
-        if line[8 : line.find(b',"mode":')] in keys:  # past {"path": as entry_line writes it
-            value = parse(line, name)
-            found[value["path"]] = value.get("sha256", "")
+    found: dict[str, Entry] = {}
+    with suppress(Missing):
+        for line in _lines(bucket, name):
+            if line[8 : line.find(b',"mode":')] in keys:  # past {"path": as entry_line writes it
+                entry = read_entry(parse(line, name), name, with_parts=True)
+                found[entry.path] = entry
     return found
 
 

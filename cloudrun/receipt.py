@@ -6,10 +6,11 @@ import re
 import signal
 from typing import Any, NamedTuple
 
-from cloudrun.errors import FAILED, LIMIT, UNKNOWN, Corrupt
+from cloudrun.errors import FAILED, LIMIT, UNKNOWN, Corrupt, Missing
 from cloudrun.formats import parse, shown
 from cloudrun.storage import Bucket
 
+MAX_RECEIPT = 1 << 20  # bytes
 FIELDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("reason", "message", "save", "by", "started", "ended"), str),
     **dict.fromkeys(("chunks", "attempt", "uncopied"), int),
@@ -31,9 +32,10 @@ class Outcome(NamedTuple):
 def read_receipt(bucket: Bucket, prefix: str) -> dict[str, Any] | None:
     """The receipt, or None while there is none. Raises Corrupt."""
     name = prefix + "/receipt.json"
-    if bucket.size(name) is None:
+    try:
+        receipt = parse(bucket.get(name, MAX_RECEIPT)[0], name, **FIELDS)
+    except Missing:
         return None
-    receipt = parse(bucket.get(name)[0], name, **FIELDS)
     if not (0 <= (receipt["status"] or 0) <= 255 and 0 <= receipt["seconds"] < 1e9):  # JSON can say infinity
         raise Corrupt(f"{name} is damaged: no program ends like that")
     return receipt
@@ -54,6 +56,8 @@ def outcome_of(receipt: dict[str, Any]) -> Outcome:
         code, words = user_code("SIGHUP"), f"ended because no client was left ({words})"
     elif reason != "exited":
         code, words = UNKNOWN, f"ended early, {reason} ({words})"
+    elif receipt["message"]:
+        words += f"; {receipt['message']}"
     if receipt["save"]:
         words += f"; its last outputs could not be saved: {receipt['save']}"
         code = code or UNKNOWN

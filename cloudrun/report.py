@@ -11,6 +11,7 @@ from contextlib import suppress
 REDRAW_SECONDS = 0.1
 PATIENCE_SECONDS = 1.0  # for somebody to read what we say; then it is lost
 BAR = 20
+ESCAPED = {code: f"\\x{code:02x}" for code in (*range(10), *range(11, 32), *range(127, 160))}
 
 
 def human_bytes(number: float) -> str:
@@ -101,7 +102,7 @@ class Report:
         width = 80
         with suppress(OSError):
             width = os.get_terminal_size(self._fd).columns or width
-        self._write("\r" + f"cloudrun: {text}"[: width - 1] + "\x1b[K")
+        self._write("\r" + f"cloudrun: {text.translate(ESCAPED)}"[: width - 1] + "\x1b[K")
         self._drawn, self._drawn_at = True, time.monotonic()
 
     def _line(self, text: str, colour: str = "") -> None:
@@ -109,7 +110,7 @@ class Report:
         if self._terminal and self.unfinished:
             self._write("\n")
             self.unfinished = False
-        for line in text.split("\n"):
+        for line in text.translate(ESCAPED).split("\n"):  # a machine's words must not move the cursor
             line = f"cloudrun: {line}"
             self._write(f"\x1b[{colour}m{line}\x1b[0m\n" if colour and self._colour else line + "\n")
 

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cloudrun.backends import Backend, Boot, Offer
-from cloudrun.bill import Ended, close, end_of, ends_of, see_ended
-from cloudrun.errors import BucketError, CloudrunError, Conflict, Interrupted
-from cloudrun.follow import Seen, conclude, follow, requested_end
+from cloudrun.bill import Ended, Patience, close, end_of, ends_of, see_ended
+from cloudrun.config import Settings
+from cloudrun.errors import BucketError, CloudrunError, Conflict, Interrupted, UsageError
+from cloudrun.follow import Seen, conclude, follow, requested_end, since_boot
 from cloudrun.formats import canonical, timestamp
-from cloudrun.order import Order
+from cloudrun.order import Order, deadline
 from cloudrun.receipt import Outcome
 from cloudrun.report import Report
 from cloudrun.runs import last_attempt, read_bill
@@ -37,9 +38,13 @@ class Client:
 
 @dataclass
 class Lease:
-    """What is known of one machine. `grace`: seconds in which it may end itself; None: it shall live on."""
+    """What is known of one machine. `end_at`: its deadline, in seconds since this computer was booted.
+
+    `grace`: seconds in which it may end itself; None: it shall live on.
+    """
 
     name: str
+    end_at: float
     grace: float | None = 0.0
     created: float | None = None
     ended: Ended | None = None
@@ -55,16 +60,17 @@ def execute(
     was followed. Either way nothing is left running that this client could end.
     """
     ends: list[Ended] = []
+    end_at = since_boot() + order.left()  # once: a clock that is changed later moves no deadline
     while claim(client, order, attempt, offer):
-        machine = Lease(instance_name(order.run, attempt))
+        machine = Lease(instance_name(order.run, attempt), end_at)
         try:
             with lease(client, order, attempt, offer, machine):
                 machine.grace = 0.0 if mine else None
                 seen = follow(client, order, attempt, mine=mine, show=mine and not detach, detach=detach)
                 machine.grace = seen.grace
         except (CloudrunError, Interrupted) as error:
-            if machine.ended:
-                reason = "failed" if isinstance(error, CloudrunError) else "stopped" if mine else "preempted"
+            if machine.ended and (mine or isinstance(error, CloudrunError)):  # else another client may go on
+                reason = "failed" if isinstance(error, CloudrunError) else "stopped"
                 settle(client, order, [*ends, machine.ended], Outcome(reason, error.exit_code, str(error)))
             raise
         if machine.ended is None:
@@ -73,12 +79,13 @@ def execute(
         if seen.how == "superseded":
             break
         outcome = conclude(client.bucket, order, seen)
-        if outcome.reason != "preempted" or not may_continue(client, order, offer):
+        another = another_offer(client, order, end_at) if outcome.reason == "preempted" else None
+        if not another:
             if settle(client, order, ends, outcome):
                 return outcome
             break
         client.report.say("the machine was taken away; going on with another one, from the last save")
-        attempt += 1
+        attempt, offer = attempt + 1, another
     return see_through(client, order, mine=mine)
 
 
@@ -97,13 +104,12 @@ def see_through(client: Client, order: Order, *, mine: bool = False) -> Outcome:
         if last_attempt(client.bucket, order) > attempt:
             continue
         outcome = conclude(client.bucket, order, seen)
-        if outcome.reason == "preempted":
-            offer = best_offer(client.backend)
-            if may_continue(client, order, offer):
-                client.signals.rearm()
-                continued = execute(client, order, offer, attempt + 1, mine=mine)
-                assert continued
-                return continued
+        another = another_offer(client, order, since_boot() + order.left())
+        if outcome.reason == "preempted" and another:
+            client.signals.rearm()
+            continued = execute(client, order, another, attempt + 1, mine=mine)
+            assert continued
+            return continued
         if settle(client, order, [ended] if attempt else [], outcome):
             client.signals.rearm()
             return outcome
@@ -119,7 +125,7 @@ def lease(client: Client, order: Order, attempt: int, offer: Offer, machine: Lea
     try:
         try:
             client.report.stage("create")
-            client.backend.create(machine.name, offer, boot_of(client.bucket, order, attempt, machine.name))
+            client.backend.create(machine.name, offer, boot_of(client.bucket, order, attempt, machine))
             machine.created = time.time()
             client.report.stage("created")
             yield
@@ -128,8 +134,8 @@ def lease(client: Client, order: Order, attempt: int, offer: Offer, machine: Lea
             client.report.stage("stop")
     finally:
         if machine.grace is not None:
-            limit, grace = order.limits["stop"], machine.grace
-            ended = see_ended(client.backend, machine.name, grace=grace, limit=limit, layer="lease")
+            patience = Patience(machine.grace, order.limits["stop"], doubtful=machine.created is None)
+            ended = see_ended(client.backend, machine.name, patience, layer="lease")
             machine.ended = ended._replace(started=ended.started or machine.created)
         client.signals.rearm()
 
@@ -165,51 +171,64 @@ def instance_name(run: str, attempt: int) -> str:
     return f"{run}-{attempt}"
 
 
-def boot_of(bucket: Bucket, order: Order, attempt: int, name: str) -> Boot:
+def boot_of(bucket: Bucket, order: Order, attempt: int, machine: Lease) -> Boot:
     payload = {
         "run": order.run,
         "attempt": attempt,
-        "instance": name,
+        "instance": machine.name,
         "backend": order.backend,
         "bucket": bucket.url,
         "prefix": order.prefix,
         "agent": order.agent,
         "order": [order.prefix + "/order.json", hashlib.sha256(order.content()).hexdigest()],
-        "left": min(order.left(), order.seconds),  # never more than the whole run, whatever the clock says
+        "left": min(machine.end_at - since_boot(), order.seconds),  # never more than the whole run
         "agent_gone": order.limits["agent_gone"],
         "agent_silence": order.limits["agent_silence"],
     }
     return Boot(order.run, attempt, order.deadline, payload)
 
 
-def best_offer(backend: Backend) -> Offer:
-    """Raises CloudrunError."""
+def best_offer(backend: Backend, at_most: float | None = None) -> Offer:
+    """`at_most` (USD per hour): what a run may cost was said before it started. Raises CloudrunError."""
     offers = backend.offers()
+    if at_most is not None:
+        offers = [offer for offer in offers if offer.price is not None and offer.price <= at_most]
     if not offers:
         raise CloudrunError(f"{backend.name} has no such machine now; try again later or ask for another one")
     return offers[0]
 
 
-def may_continue(client: Client, order: Order, offer: Offer) -> bool:
-    """Whether another machine makes sense: nobody wants the end, and more than boot and reserve is left."""
-    if client.signals.received or order.left() <= least_seconds(order, offer):
-        return False
+def another_offer(client: Client, order: Order, end_at: float) -> Offer | None:
+    """For a run whose machine was taken away; None if nobody wants it to go on, or it has not enough left."""
     try:
-        return requested_end(client.bucket, order.prefix)[0] == 0
-    except BucketError:
-        return False
+        if client.signals.received or requested_end(client.bucket, order.prefix)[0]:
+            return None
+        offer = best_offer(client.backend, order.price)
+    except CloudrunError:
+        return None
+    return offer if end_at - since_boot() > least_seconds(order.seconds, order.limits, offer) else None
 
 
-def least_seconds(order: Order, offer: Offer) -> float:
+def least_seconds(seconds: float, limits: dict[str, float], offer: Offer) -> float:
     """A machine with less time left than this could not do anything before it has to end."""
-    reserve = min(order.limits["reserve_grace"] + order.limits["reserve_save"], 0.2 * order.seconds)
-    return reserve + offer.boot_seconds
+    return min(limits["reserve_grace"] + limits["reserve_save"], 0.2 * seconds) + offer.boot_seconds
+
+
+def check_limits(settings: Settings, offer: Offer) -> None:
+    """Raises UsageError for a run that would have to end before it began: nothing need be sent for it."""
+    hours, late = settings.max_hours, settings.limits["provider"]
+    _, seconds, _ = deadline(hours, settings.max_cost, offer.price, 0.0, late)
+    _check(seconds, least_seconds(seconds, settings.limits, offer), UsageError)
 
 
 def check_time(order: Order, offer: Offer) -> None:
-    """Raises CloudrunError instead of renting a machine that has no time for anything."""
-    if order.left() < least_seconds(order, offer):
-        raise CloudrunError(
-            f"the limits leave {max(order.left(), 0):.0f} s, and {least_seconds(order, offer):.0f} s are "
-            "needed to start a machine and to save; allow more with --max-hours or --max-cost"
+    """Raises CloudrunError if sending has taken the time that the machine would need."""
+    _check(order.left(), least_seconds(order.seconds, order.limits, offer), CloudrunError)
+
+
+def _check(left: float, least: float, kind: type[CloudrunError]) -> None:
+    if left < least:
+        raise kind(
+            f"the limits leave {max(left, 0):.1f} s, and {least:.1f} s are needed to start a machine "
+            "and to save; allow more with --max-hours or --max-cost"
         )

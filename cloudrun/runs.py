@@ -97,9 +97,10 @@ def attempt_object(bucket: Bucket, order: Order, attempt: int, what: str) -> dic
 
 def read_bill(bucket: Bucket, order: Order) -> dict[str, Any] | None:
     name = order.prefix + "/bill.json"
-    if bucket.size(name) is None:
+    try:
+        return parse(bucket.get(name)[0], name, seconds=(int, float, type(None)), layer=str, proof=str)
+    except Missing:
         return None
-    return parse(bucket.get(name)[0], name, seconds=(int, float, type(None)), layer=str, proof=str)
 
 
 def record(bucket: Bucket, order: Order) -> dict[str, Any]:

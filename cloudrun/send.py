@@ -7,25 +7,28 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from cloudrun.background import Background
 from cloudrun.errors import CloudrunError
-from cloudrun.formats import Entry, entry_line, shown
+from cloudrun.formats import Entry, digest_of, entry_line, shown
 from cloudrun.index import Index, settled, stat_key
 from cloudrun.project import Found
 from cloudrun.storage import Bucket
 
 SMALL = 4 << 20  # bytes; smaller files share a blob
-PACK = 16 << 20  # bytes in such a blob
-PIECE = 1 << 20
+PACK = 8 << 20  # bytes in such a blob
+PIECE = 256 << 10  # bytes read at once: more would leave the processor's cache before it is hashed
+DROP_SECONDS = 1.0  # for what is on its way when the user wants the end
 TRIES = 3  # for a file that changes while it is read
 FRESH_NS = 100_000_000  # one write sets the times when it begins: in so long it has ended
 BLOB = re.compile(r'\["([0-9a-f]{64})",')
 
 Progress = Callable[[int, int], None]  # files and bytes done since the last call
+Part = tuple[str, int, int]  # blob, offset, length
 _Member = tuple[int, Entry, str, bytes]  # of a pack: place in the plan, what it is, its stat, its content
 
 
@@ -72,11 +75,15 @@ def send(plan: Plan, index: Index, bucket: Bucket, project: str, progress: Progr
     try:
         for number, item in enumerate(plan.found):
             if plan.lines[number] is None:
-                act = sender.pack if item.status.st_size < SMALL else sender.store
-                act(number, item.path)
+                if item.status.st_size < SMALL:
+                    sender.pack(number, item.path)
+                else:
+                    sender.store(number, item.path, item.status.st_size)
         sender.finish()
-    finally:
-        sender.close()
+    except BaseException:
+        sender.drop(DROP_SECONDS)
+        raise
+    sender.close()
     lines = [line for line in sender.lines if line is not None]
     if plan.new_files:
         pairs = (
@@ -97,7 +104,7 @@ def _known_line(item: Found, index: Index) -> str | None:
 
 
 class _Sender:
-    """Packs on the calling thread, stores packs on another one, one at a time: memory holds two.
+    """Packs on the calling thread; others store packs, large files and their parts.
 
     `lines` gets the manifest lines of what was sent, `keys` the stat of each as it was read.
     """
@@ -108,8 +115,8 @@ class _Sender:
         self._bucket, self._blobs, self._progress = bucket, blobs, progress
         self._members: list[_Member] = []
         self._size = 0
-        self._packs = Background(self._store_pack, 1)
-        self.close = self._packs.close
+        self._jobs = Background(lambda job: job(), 1, bucket.workers)
+        self.close, self.drop = self._jobs.close, self._jobs.drop
 
     def pack(self, number: int, path: str) -> None:
         data, status = read_consistently(path)
@@ -120,37 +127,25 @@ class _Sender:
         if self._size >= PACK:
             self._hand_over()
 
-    def store(self, number: int, path: str) -> None:
-        for _ in range(TRIES):
-            with _opened(path) as file:
-                status = still(file, path)
-                reader = _Reader(file, path, status.st_size, self._bucket.part_bytes, self._progress)
-                parts = []
-                for piece in reader.parts():
-                    sha256 = self._bucket.put_blob(self._blobs, piece)
-                    parts.append((sha256, 0, reader.part_size))
-                if not _changed(file, status) and reader.done == status.st_size:
-                    whole = reader.whole.hexdigest() if reader.whole else parts[0][0]
-                    entry = Entry(path, status.st_mode & 0o777, status.st_size, whole, tuple(parts))
-                    self.lines[number], self.keys[number] = entry_line(entry), stat_key(status)
-                    self._progress(1, 0)
-                    return
-            self._progress(0, -reader.done)
-        raise _unstable(path)
+    def store(self, number: int, path: str, size: int) -> None:
+        """A file for itself: whole beside other files, or its parts beside each other."""
+        if size > self._bucket.part_bytes:
+            self._store(number, path, self._side_by_side)
+        else:
+            self._jobs.put(partial(self._store, number, path, map))
 
     def finish(self) -> None:
-        """Store what is left. Raises what went wrong on the thread."""
+        """Store what is left. Raises what went wrong on a thread."""
         self._hand_over()
-        self._packs.finish()
+        self._jobs.finish()
 
     def _hand_over(self) -> None:
-        self._packs.finish()
         if self._members:
-            self._packs.put(self._members)
+            self._jobs.put(partial(self._store_pack, self._members))
             self._members, self._size = [], 0
 
     def _store_pack(self, members: list[_Member]) -> None:
-        blob = self._bucket.put_blob(self._blobs, (data for *_, data in members))
+        blob = self._bucket.put_blob(self._blobs, [data for *_, data in members])
         offset = 0
         for number, entry, key, data in members:
             placed = entry._replace(parts=((blob, offset, len(data)),))
@@ -158,35 +153,62 @@ class _Sender:
             offset += len(data)
         self._progress(len(members), offset)
 
+    def _store(self, number: int, path: str, each: Callable[..., Iterable[Part]]) -> None:
+        step = self._bucket.part_bytes
+        for _ in range(TRIES):
+            with _opened(path) as file:
+                status = still(file, path)
+                size = status.st_size
+                starts = range(0, max(size, 1), step)
+                pieces = [_Piece(file, path, at, min(step, size - at), self._jobs.check) for at in starts]
+                parts = tuple(each(self._store_piece, pieces))
+                if not _changed(file, status) and sum(length for *_, length in parts) == size:
+                    whole = digest_of(parts) if len(parts) > 1 else parts[0][0]
+                    entry = Entry(path, status.st_mode & 0o777, size, whole, parts)
+                    self.lines[number], self.keys[number] = entry_line(entry), stat_key(status)
+                    self._progress(1, 0)
+                    return
+            self._progress(0, -sum(length for *_, length in parts))
+        raise _unstable(path)
 
-class _Reader:
-    """Reads a large file once, in parts; `whole` hashes it all if there is more than one."""
+    def _store_piece(self, piece: _Piece) -> Part:
+        sha256 = self._bucket.put_blob(self._blobs, piece)
+        self._progress(0, piece.length)
+        return sha256, 0, piece.length
 
-    def __init__(self, file: int, path: str, size: int, part_bytes: int, progress: Progress) -> None:
-        self.done = self.part_size = 0
-        self.whole = hashlib.sha256() if size > part_bytes else None
-        self._file, self._path, self._size = file, path, size
-        self._part_bytes, self._progress = part_bytes, progress
+    def _side_by_side(self, act: Callable[[_Piece], Part], pieces: list[_Piece]) -> list[Part]:
+        """Like map, on all threads at once."""
+        results: dict[int, Part] = {}
 
-    def parts(self) -> Iterator[Iterator[bytes]]:
-        while self.done < self._size:
-            self.part_size = 0
-            yield self._part()
-            if not self.part_size:  # the file became shorter
+        def one(number: int) -> None:
+            results[number] = act(pieces[number])
+
+        for number in range(len(pieces)):
+            self._jobs.put(partial(one, number))
+        self._jobs.finish()
+        return [results[number] for number in range(len(pieces))]
+
+
+class _Piece:
+    """A stretch of a file, read anew each time it is iterated; `length` bytes were there the last time.
+
+    `check` raises if nobody wants them any more.
+    """
+
+    def __init__(self, file: int, path: str, offset: int, wanted: int, check: Callable[[], None]) -> None:
+        self.length, self._check = 0, check
+        self._file, self._path, self._offset, self._wanted = file, path, offset, wanted
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.length = 0
+        while self.length < self._wanted:
+            self._check()
+            wanted = min(PIECE, self._wanted - self.length)
+            data = _read(self._file, self._path, wanted, self._offset + self.length)
+            if not data:  # the file became shorter
                 return
-
-    def _part(self) -> Iterator[bytes]:
-        while self.part_size < self._part_bytes:
-            wanted = min(PIECE, self._part_bytes - self.part_size, self._size - self.done)
-            piece = _read(self._file, self._path, wanted)
-            if not piece:
-                return
-            if self.whole:
-                self.whole.update(piece)
-            self.done += len(piece)
-            self.part_size += len(piece)
-            self._progress(0, len(piece))
-            yield piece
+            self.length += len(data)
+            yield data
 
 
 @contextmanager
@@ -210,8 +232,8 @@ def read_consistently(path: str) -> tuple[bytes, os.stat_result]:
     for _ in range(TRIES):
         with _opened(path) as file:
             status = still(file, path)
-            data = _read(file, path, status.st_size + 1)
-            while len(data) < status.st_size and (more := _read(file, path, status.st_size)):
+            data = _read(file, path, status.st_size + 1, 0)
+            while len(data) < status.st_size and (more := _read(file, path, status.st_size, len(data))):
                 data += more  # some file systems give less than was asked for
             if len(data) == status.st_size and not _changed(file, status):
                 return data, status
@@ -229,9 +251,9 @@ def still(file: int, path: str) -> os.stat_result:
     return status
 
 
-def _read(file: int, path: str, wanted: int) -> bytes:
+def _read(file: int, path: str, wanted: int, offset: int) -> bytes:
     try:
-        return os.read(file, wanted)
+        return os.pread(file, wanted, offset)
     except OSError as error:
         raise CloudrunError(f"cannot read {shown(path)}: {error.strerror}") from None
 

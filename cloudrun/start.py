@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -140,12 +141,13 @@ def agent_of(bucket: Bucket, project: str) -> str:
 
 
 def _send(prepared: Prepared, settings: Settings, bucket: Bucket, report: Report) -> Plan:
-    done = [0, 0]
+    done, lock = [0, 0], threading.Lock()
 
     def progress(files: int, size: int) -> None:
-        done[0] += files
-        done[1] += size
-        report.progress("sending", done[0], prepared.plan.new_files, done[1], prepared.plan.new_size)
+        with lock:  # several threads are sending
+            done[0] += files
+            done[1] += size
+            report.progress("sending", done[0], prepared.plan.new_files, done[1], prepared.plan.new_size)
 
     return send(prepared.plan, prepared.known, bucket, settings.project, progress)
 

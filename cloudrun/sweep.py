@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from cloudrun.backends import Backend, Instance
-from cloudrun.bill import Ended, close, ends_of, forget, see_ended
+from cloudrun.bill import Ended, Patience, close, ends_of, forget, see_ended
 from cloudrun.errors import BucketError, CloudrunError, Corrupt, StillRunning
 from cloudrun.follow import Seen, conclude
 from cloudrun.formats import seconds_of
@@ -82,7 +82,7 @@ class _Visit:
             if why:
                 with suppress(CloudrunError):
                     self.console = self.backend.console(name)
-                self.ended[name] = see_ended(self.backend, name, grace=0, limit=limits["stop"], layer="sweep")
+                self.ended[name] = see_ended(self.backend, name, Patience(0, limits["stop"]), layer="sweep")
                 self.report.warn(f"ended {name}, {why} ({self.ended[name].proof})")
         if len(self.ended) < len(machines) or not project:
             return

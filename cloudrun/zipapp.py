@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from importlib.util import MAGIC_NUMBER
 
-from cloudrun.index import cache_folder
+from cloudrun.cache import cache_path, keep, read
 
 SHARED = ("background", "errors", "formats", "processes", "storage/__init__", "storage/folder")
 MAIN = b"from cloudrun.agent.main import main\n\nmain()\n"
@@ -22,22 +22,14 @@ def agent_archive() -> bytes:
     for module in (*SHARED, *(f"agent/{name}" for name in agent)):
         with open(os.path.join(package, module + ".py"), "rb") as file:
             sources[f"cloudrun/{module}.py"] = file.read()
-    folder = cache_folder()
-    if folder is None:
+    digest = hashlib.sha256(MAGIC_NUMBER + repr(sources).encode())
+    path = cache_path("agent-" + digest.hexdigest()[:32])
+    if path is None:
         return _build(sources)
-    path = os.path.join(folder, "agent-" + _sha256(MAGIC_NUMBER + repr(sources).encode())[:32])
-    with suppress(OSError):
-        with open(path, "rb") as file:
-            kept = file.read()
-        if _sha256(kept[:-64]) == kept[-64:].decode("ascii", "replace"):
-            return kept[:-64]
+    with suppress(OSError, ValueError):
+        return b"".join(read(path))
     data = _build(sources)
-    temporary = f"{path}.{os.getpid()}"
-    with suppress(OSError):
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data + _sha256(data).encode("ascii"))
-        os.replace(temporary, path)
+    keep(path, [data])
     return data
 
 
@@ -49,13 +41,10 @@ def _build(sources: dict[str, bytes]) -> bytes:
 
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
+        archive.comment = b"\n"  # what is kept in the cache ends in a newline
         for name, source in sources.items():
             archive.writestr(zipfile.ZipInfo(name), source)
             if name != "__main__.py":
                 code = marshal.dumps(compile(source, name, "exec", dont_inherit=True))
                 archive.writestr(zipfile.ZipInfo(name + "c"), MAGIC_NUMBER + UNCHECKED + code)
     return buffer.getvalue()
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -11,6 +11,7 @@ from cloudrun.backends import Boot, Instance, Offer
 from cloudrun.errors import BucketError, CloudrunError
 from cloudrun.formats import canonical, frame, timestamp
 from cloudrun.report import Report
+from cloudrun.storage import MAX_OBJECT
 from cloudrun.storage.folder import FolderBucket
 
 OFFER = Offer("a fake machine", 3.6, 0.0)
@@ -24,6 +25,9 @@ class FakeBackend:
     """
 
     name = "fake"
+    place = ""
+    pace = 0.002
+    appears_within = 0.0
 
     def __init__(self) -> None:
         self.machines: dict[str, Instance] = {}
@@ -194,16 +198,16 @@ class ActingBucket(FolderBucket):
             raise error
 
     def size(self, name: str) -> int | None:
-        if name.endswith("/receipt.json") and self.agent:
-            self.agent.turn()
         self._act("size", name)
         found = super().size(name)
         self.on_call("size done", name)
         return found
 
-    def get(self, name: str) -> tuple[bytes, str]:
+    def get(self, name: str, most: int = MAX_OBJECT) -> tuple[bytes, str]:
+        if name.endswith("/receipt.json") and self.agent:
+            self.agent.turn()
         self._act("get", name)
-        return super().get(name)
+        return super().get(name, most)
 
     def create(self, name: str, content: Any) -> bool:
         self._act("create", name)

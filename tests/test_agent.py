@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from machine import VERSIONS, Run, alive, interpreter, wait_until
 
-from cloudrun.formats import Entry
+from cloudrun.formats import Entry, digest_of
 from cloudrun.receipt import FIELDS, outcome_of
 
 STATUSES = [0, 1, 2, 3, 42, 77, 121, 122, 124, 125, 126, 127, 128, 137, 254, 255]
@@ -213,9 +213,9 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(tmp_path):
 def test_inputs_arrive_with_modes_directories_links_and_parts(tmp_path):
     run = Run(tmp_path, "import os; assert os.readlink('data/link') == 'in'; os.makedirs('model/made')")
     first, second = (run.bucket.put_blob("p/blobs/", [data]) for data in (b"--one", b"two---"))
-    whole = run.input("", b"onetwo").sha256
+    parts = ((first, 0, 5), (second, 0, 6))
     entries = [
-        Entry("data/parts", 0o600, 6, whole, ((first, 2, 3), (second, 0, 3))),
+        Entry("data/parts", 0o440, 11, digest_of(parts), parts),
         Entry("data/tool", 0o755, 3, run.input("", b"one").sha256, ((first, 2, 3),)),
         Entry("data/in", 0o444, 0, run.input("", b"").sha256),
         Entry("data/empty", 0o755),
@@ -228,7 +228,8 @@ def test_inputs_arrive_with_modes_directories_links_and_parts(tmp_path):
         run.input("", data)
     run.run()
     assert run.receipt["status"] == 0, run.receipt
-    assert (run.work / "data/parts").read_bytes() == b"onetwo"
+    assert (run.work / "data/parts").read_bytes() == b"--onetwo---"
+    assert (run.work / "data/parts").stat().st_mode & 0o777 == 0o440
     assert (run.work / "data/tool").stat().st_mode & 0o777 == 0o755
     assert (run.work / "data/empty").is_dir()
 

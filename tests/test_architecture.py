@@ -16,6 +16,7 @@ PACKAGE = TOP / "cloudrun"
 # Each line may import the lines below it, and itself only as far as ITSELF says.
 LAYERS = (
     ("cli",),
+    ("launch",),
     ("commands", "closing"),
     ("run", "start", "sweep"),
     ("follow",),
@@ -28,7 +29,7 @@ LAYERS = (
     ("project", "config"),
     ("storage.folder", "limits"),
     ("storage",),
-    ("background", "formats", "processes"),
+    ("background", "cache", "formats", "processes"),
     ("errors",),
     ("guard", ""),
 )
@@ -183,7 +184,7 @@ def code_lines(path: Path) -> int:
     return len(lines - docs)
 
 
-@pytest.mark.parametrize(("part", "most"), [("client", 3000), ("agent", 700)])
+@pytest.mark.parametrize(("part", "most"), [("client", 3200), ("agent", 900)])
 def test_the_package_stays_small(part: str, most: int) -> None:
     sizes: defaultdict[str, int] = defaultdict(int)
     for name, path in MODULES.items():

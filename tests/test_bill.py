@@ -11,7 +11,7 @@ import pytest
 from fakes import OFFER, FakeBackend
 
 from cloudrun.backends import Boot
-from cloudrun.bill import Ended, close, forget, see_ended
+from cloudrun.bill import Ended, Patience, close, forget, see_ended
 from cloudrun.errors import Conflict, StillRunning
 from cloudrun.formats import canonical
 from cloudrun.limits import DEFAULTS
@@ -20,7 +20,7 @@ from cloudrun.runs import last_attempt, read_bill
 from cloudrun.storage.folder import FolderBucket
 
 NAME = "toy-20261125-101112-00ff-1"
-LONG = {"grace": 60.0, "limit": 60.0, "layer": "lease"}
+LONG = Patience(60.0, 60.0)
 
 
 def make_order(**fields: Any) -> Order:
@@ -66,7 +66,7 @@ def at_find(backend: FakeBackend, number: int, act: Callable[[], object]) -> Non
 
 def test_a_machine_that_ends_itself_in_its_grace_is_not_ended_by_us(backend: FakeBackend) -> None:
     at_find(backend, 3, lambda: backend.ends(NAME, "the run is finished"))
-    ended = see_ended(backend, NAME, **LONG)
+    ended = see_ended(backend, NAME, LONG, layer="lease")
     assert ended.layer == "agent" and ended.started and ended.started <= ended.ended
     assert backend.calls == ["find", "find", "find", "stop"]  # that one frees what it left
     assert backend.machines == {}
@@ -75,36 +75,51 @@ def test_a_machine_that_ends_itself_in_its_grace_is_not_ended_by_us(backend: Fak
 
 def test_the_guards_end_is_told_from_the_agents(backend: FakeBackend) -> None:
     backend.ends(NAME, "the agent was silent for 300 s")
-    assert see_ended(backend, NAME, **LONG).layer == "guard"
+    assert see_ended(backend, NAME, LONG, layer="lease").layer == "guard"
 
 
 def test_without_grace_it_is_stopped_at_once(backend: FakeBackend) -> None:
-    ended = see_ended(backend, NAME, grace=0, limit=60, layer="sweep")
+    ended = see_ended(backend, NAME, Patience(0, 60), layer="sweep")
     assert ended.layer == "sweep" and backend.calls[:2] == ["find", "stop"] and backend.machines == {}
 
 
 def test_a_machine_whose_guard_is_gone_gets_no_grace(backend: FakeBackend) -> None:
     backend.machines[NAME] = backend.machines[NAME]._replace(alive=False)
     started = time.monotonic()
-    assert see_ended(backend, NAME, **LONG).layer == "lease"
+    assert see_ended(backend, NAME, LONG, layer="lease").layer == "lease"
     assert time.monotonic() - started < 30
 
 
 def test_absent_is_ended(backend: FakeBackend) -> None:
-    ended = see_ended(backend, "never-1", grace=60, limit=60, layer="lease")
+    ended = see_ended(backend, "never-1", Patience(60, 60), layer="lease")
     assert ended.started is None and abs(ended.ended - time.time()) < 60
+
+
+def test_a_machine_whose_create_call_did_not_come_back_may_appear_later(backend: FakeBackend) -> None:
+    machine = backend.machines.pop(NAME)
+    backend.appears_within = 60.0
+    at_find(backend, 5, lambda: backend.machines.update({NAME: machine}))
+    ended = see_ended(backend, NAME, Patience(0, 60, doubtful=True), layer="lease")
+    assert ended.started == machine.started and backend.machines == {}
+
+
+def test_a_doubtful_machine_that_never_appears_is_ended(backend: FakeBackend) -> None:
+    backend.appears_within = 0.1
+    before = time.monotonic()
+    ended = see_ended(backend, "never-1", Patience(0, 60, doubtful=True), layer="lease")
+    assert ended.started is None and time.monotonic() - before >= 0.1
 
 
 def test_a_stop_that_is_refused_is_tried_again(backend: FakeBackend) -> None:
     backend.refuse_stop = True
     at_find(backend, 4, lambda: setattr(backend, "refuse_stop", False))
-    assert see_ended(backend, NAME, grace=0, limit=60, layer="lease").layer == "lease"
+    assert see_ended(backend, NAME, Patience(0, 60), layer="lease").layer == "lease"
     assert backend.calls.count("stop") >= 4
 
 
 def test_a_provider_that_does_not_answer_is_asked_again(backend: FakeBackend) -> None:
     backend.unreachable = 5
-    see_ended(backend, NAME, grace=0, limit=60, layer="lease")
+    see_ended(backend, NAME, Patience(0, 60), layer="lease")
     assert backend.machines == {}
 
 
@@ -117,13 +132,13 @@ def test_a_backend_with_a_bug_does_not_keep_the_machine(backend: FakeBackend) ->
     at_find(backend, 2, broken)
     backend.refuse_stop = True
     with pytest.raises(StillRunning):
-        see_ended(backend, NAME, grace=0, limit=0.3, layer="lease")
+        see_ended(backend, NAME, Patience(0, 0.3), layer="lease")
 
 
 def test_what_cannot_be_seen_ended_is_said_with_the_command(backend: FakeBackend) -> None:
     backend.refuse_stop = True
     with pytest.raises(StillRunning) as error:
-        see_ended(backend, NAME, grace=0, limit=0.1, layer="lease")
+        see_ended(backend, NAME, Patience(0, 0.1), layer="lease")
     assert NAME in str(error.value) and "no permission to stop it" in str(error.value)
     assert f"by hand: fake-cloud stop {NAME}" in str(error.value) and error.value.exit_code == 122
 

@@ -15,10 +15,11 @@ import pytest
 from fakes import OFFER, ActingBucket, ActingReport, FakeAgent, FakeBackend, receipt_of
 
 from cloudrun import bill as billing
-from cloudrun import cli, commands, run
-from cloudrun.backends import Offer
+from cloudrun import commands, launch, run
+from cloudrun.backends import Boot
 from cloudrun.config import Settings, from_env
-from cloudrun.errors import BucketError, BucketRefused, CloudrunError, Interrupted, StillRunning
+from cloudrun.errors import BucketError, BucketRefused, CloudrunError, Interrupted, StillRunning, UsageError
+from cloudrun.follow import since_boot
 from cloudrun.formats import canonical
 from cloudrun.order import Order
 from cloudrun.run import Client
@@ -56,7 +57,7 @@ class World:
         """`cloudrun main.py`, below the command line."""
         with Signals() as signals:
             words = Wanted(["main.py"], {"SECRET": "hidden"})
-            return cli.start_and_follow(self.client(signals), self.settings, words, OPTIONS)
+            return launch.start_and_follow(self.client(signals), self.settings, words, OPTIONS)
 
     def execute(self, order: Order, **more: Any) -> Any:
         with Signals() as signals:
@@ -136,12 +137,17 @@ def test_bill_has_times_cost_layer_and_proof(make: Callable[..., World]) -> None
     assert bill["proof"].startswith(f"fake: no {order.run}-1, seen ")
 
 
+def boot(world: World, order: Order, attempt: int) -> Boot:
+    machine = run.Lease(run.instance_name(order.run, attempt), since_boot() + order.left())
+    return run.boot_of(world.bucket, order, attempt, machine)
+
+
 def test_the_boot_payload_has_no_more_time_than_the_order(make: Callable[..., World]) -> None:
     """A clock that was set back after the order was written lengthens nothing."""
     world = make()
     order = world.order()
     late = Order(**{**order._asdict(), "deadline": "2199-01-01T00:00:00.000Z"})
-    assert run.boot_of(world.bucket, late, 1, "x-1").payload["left"] == order.seconds
+    assert boot(world, late, 1).payload["left"] == order.seconds
 
 
 # --- interrupted at every stage, and at every call
@@ -225,7 +231,7 @@ def test_signals_at_every_call(make: Callable[..., World], apart: int | None) ->
         world.assert_ended()
         if count() < first:
             break
-    assert first > 60 and codes == {0, 130}
+    assert first > 50 and codes == {0, 130}
 
 
 # --- at every bytecode of the lease and what it calls
@@ -466,12 +472,48 @@ def test_a_machine_that_goes_without_a_receipt(
     world = make(turns)
     world.backend.words = console
     with Signals() as signals:
-        slow = Offer("a machine that boots for longer than the run may last", 3.6, 1e9)
-        outcome = run.execute(world.client(signals), world.order(), slow)
+        order = world.order()
+        world.backend.offers = lambda: [OFFER._replace(boot_seconds=1e9)]  # longer than the run may last
+        outcome = run.execute(world.client(signals), order, OFFER)
     assert outcome
     assert outcome.exit_code == code and words in outcome.words
     world.assert_ended()
     world.assert_closed()
+
+
+@pytest.mark.parametrize(("price", "machines"), [(3.6, 2), (3.7, 1), (None, 1)])
+def test_a_run_is_not_continued_on_a_dearer_machine(
+    make: Callable[..., World], price: float | None, machines: int
+) -> None:
+    """What it costs at most was said before it started."""
+    world = make("state preempted", "state receipt")
+    order = world.order()
+    world.backend.offers = lambda: [OFFER._replace(price=price)]
+    with Signals() as signals:
+        outcome = run.execute(world.client(signals), order, OFFER)
+    assert outcome and len(world.backend.boots) == machines
+    assert outcome.exit_code == (0 if machines == 2 else 121)
+    world.assert_closed()
+
+
+def test_a_machine_that_never_speaks_is_ended_when_its_boot_has_taken_too_long(
+    make: Callable[..., World],
+) -> None:
+    world = make("nothing")
+    order = world.order()
+    order.limits["boot"] = 0.2
+    outcome = world.execute(order)
+    assert outcome.exit_code == 125 and "gave no sign of life" in outcome.words
+    world.assert_ended()
+    world.assert_closed()
+
+
+def test_a_script_that_stays_here_is_said_before_anything_is_sent(make: Callable[..., World]) -> None:
+    world = make()
+    Path(".cloudrunignore").write_text("main.py\n")
+    with pytest.raises(UsageError, match="left out by an ignore file"):
+        world.whole()
+    assert list(world.bucket.names("")) == []
 
 
 @pytest.mark.parametrize(
@@ -540,8 +582,7 @@ def test_who_loses_the_claim_sees_the_run_through(make: Callable[..., World]) ->
             with Signals() as signals:
                 other = world.client(signals)
                 assert run.claim(other, order, 2, OFFER)
-                boot = run.boot_of(world.bucket, order, 2, f"{order.run}-2")
-                world.backend.create(f"{order.run}-2", OFFER, boot)
+                world.backend.create(f"{order.run}-2", OFFER, boot(world, order, 2))
 
     world.bucket.on_call = faster
     outcome = world.execute(order)
@@ -560,14 +601,14 @@ def test_two_clients_never_make_two_machines(make: Callable[..., World]) -> None
         client = world.client(signals)
         run.claim(client, order, 1, OFFER)
         name = f"{order.run}-1"
-        world.backend.create(name, OFFER, run.boot_of(world.bucket, order, 1, name))
+        world.backend.create(name, OFFER, boot(world, order, 1))
 
         def faster(call: str) -> None:
             if call == "offers" and len(world.backend.boots) == 1:
                 world.backend.on_call = lambda call: None
                 run.claim(world.client(signals), order, 2, OFFER)
                 second = f"{order.run}-2"
-                world.backend.create(second, OFFER, run.boot_of(world.bucket, order, 2, second))
+                world.backend.create(second, OFFER, boot(world, order, 2))
 
         world.backend.on_call = faster
         outcome = run.see_through(client, order)
@@ -580,7 +621,7 @@ def test_wait_continues_a_preempted_run_and_ctrl_c_leaves_it_alone(make: Callabl
     with Signals() as signals:
         client = world.client(signals)
         run.claim(client, order, 1, OFFER)
-        world.backend.create(f"{order.run}-1", OFFER, run.boot_of(world.bucket, order, 1, f"{order.run}-1"))
+        world.backend.create(f"{order.run}-1", OFFER, boot(world, order, 1))
         follows = []
 
         def stage(name: str) -> None:

@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from cloudrun.errors import CloudrunError, Corrupt
-from cloudrun.formats import Entry, canonical, entry_line, timestamp
+from cloudrun.formats import Entry, canonical, digest_of, entry_line, timestamp
 from cloudrun.order import Order
 from cloudrun.project import scan
 from cloudrun.pull import outputs, pull
@@ -40,6 +40,10 @@ def sha(data):
     return hashlib.sha256(data).hexdigest()
 
 
+def sent_in_one(path, data):
+    return Entry(path, 0o644, len(data), sha(data), ((sha(data), 0, len(data)),))
+
+
 class Run:
     """What a run sent and what its machine has saved."""
 
@@ -48,9 +52,14 @@ class Run:
         self.sent()
 
     def sent(self, **files):
-        lines = [entry_line(Entry(path, 0o644, len(data), sha(data))) for path, data in files.items()]
+        lines = [entry_line(sent_in_one(path, data)) for path, data in files.items()]
         lines.append(entry_line(Entry("data/empty", 0o755)))
         self.bucket.put(PREFIX + "/manifest.jsonl", "".join(line + "\n" for line in lines).encode())
+
+    def sent_in_parts(self, path, *pieces):
+        parts = tuple((sha(piece), 0, len(piece)) for piece in pieces)
+        entry = Entry(path, 0o644, sum(map(len, pieces)), digest_of(parts), parts)
+        self.bucket.put(PREFIX + "/manifest.jsonl", entry_line(entry).encode())
 
     def saved(self, files, **more):
         """`files`: content by path, and None for an empty directory."""
@@ -146,6 +155,25 @@ def test_what_an_earlier_pull_of_this_run_wrote_is_replaced(run, project):
     run.saved({"model/a": b"second"})
     assert fetch(run).fetched == ["model/a"]
     assert tree() == {"model/a": b"second"}
+
+
+@pytest.mark.parametrize(("here", "replaced"), [(b"onetwo", True), (b"oneTwo", False), (b"onetwo!", False)])
+def test_what_was_sent_in_parts_is_known_by_its_parts(run, project, here, replaced):
+    run.sent_in_parts("model/w", b"one", b"two")
+    run.saved({"model/w": b"new"})
+    put("model/w", here)
+    pulled = fetch(run)
+    assert (pulled.fetched, len(pulled.beside)) == ((["model/w"], 0) if replaced else ([], 1))
+    with open("model/w", "rb") as file:
+        assert file.read() == (b"new" if replaced else here)
+
+
+def test_a_manifest_that_is_gone_makes_every_file_the_users(run, project):
+    run.saved({"model/w": b"new", "model/v": b"new"})
+    put("model/w", b"old")
+    run.bucket.delete(PREFIX + "/manifest.jsonl")
+    pulled = fetch(run)
+    assert (pulled.fetched, len(pulled.beside)) == (["model/v"], 1)
 
 
 def test_what_the_user_changed_stays_and_the_output_is_stored_beside(run, project):

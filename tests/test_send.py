@@ -123,12 +123,21 @@ def content(bucket, entry):
     return b"".join(b"".join(bucket.chunks(f"p/blobs/{blob}", *where)) for blob, *where in entry.parts)
 
 
+def digest(data, entry):
+    """What stands in the manifest for this content: of several parts, the sha256 of their sha256s."""
+    starts = [sum(length for *_, length in entry.parts[:number]) for number in range(len(entry.parts))]
+    pieces = [data[at : at + length] for at, (*_, length) in zip(starts, entry.parts, strict=True)]
+    if len(pieces) > 1:
+        data = "".join(hashlib.sha256(piece).hexdigest() for piece in pieces).encode()
+    return hashlib.sha256(data).hexdigest()
+
+
 def check(bucket, sent):
     """Every file's parts give its content, whose sha256 is the one in the manifest."""
     for entry in entries(sent):
         if entry.sha256:
             data = content(bucket, entry)
-            assert hashlib.sha256(data).hexdigest() == entry.sha256
+            assert digest(data, entry) == entry.sha256
             with open(entry.path, "rb") as file:
                 assert file.read() == data, entry.path
             assert entry.size == len(data)
@@ -178,7 +187,7 @@ def test_small_files_share_a_blob_and_large_ones_do_not(project, bucket):
 
 
 def test_a_pack_has_a_size(project, bucket):
-    for number in range(12):
+    for number in range(7):
         put(f"data/{number:02}", os.urandom(2 << 20))
     sent, _ = send_all(bucket)
     check(bucket, sent)

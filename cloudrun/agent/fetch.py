@@ -8,17 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import chain, groupby, islice
+from itertools import groupby, islice
 
 from cloudrun.agent.watch import Task, Watch
 from cloudrun.errors import CloudrunError, Corrupt
 from cloudrun.formats import Entry, read_entry
 
-WORKERS = 2
 LARGE = 16 << 20  # bytes from which on it is worth while to ask for a clone
+PIECE = 256 << 10  # bytes read at once
 SPARE = 64 << 20  # bytes of free disk that must remain
 
 
@@ -30,6 +31,7 @@ class Fetch:
         self.stop = threading.Event()
         self._blobs = self.prefix.split("/")[0] + "/blobs/"
         self._links: list[Entry] = []
+        self._modes: list[tuple[str, int]] = []
         self._lock = threading.Lock()
         manifest = self.order["manifest"]
         self.progress = {"files": 0, "bytes": 0, "of_files": manifest["files"], "of_bytes": manifest["bytes"]}
@@ -38,17 +40,19 @@ class Fetch:
         """Raises CloudrunError or OSError."""
         wanted = self.order["manifest"]
         check_space(wanted["bytes"], wanted["files"])
-        groups = groupby(self._files(wanted["sha256"]), together)
-        tasks = [Task(self._work, groups) for _ in range(WORKERS)]
+        groups = groupby(self._pieces(wanted["sha256"]), together)
+        tasks = [Task(self._work, groups) for _ in range(self.bucket.workers)]
         for task in tasks:
             while task.is_alive():
                 task.join()
             if task.error:
                 raise task.error
+        for path, mode in self._modes:  # a file that is written in pieces may be one that nobody may write
+            os.chmod(path, mode)
         for entry in self._links:  # last: no file can be written through a link
             os.symlink(entry.link, make_parent(entry.path))
         for folder in self.order["folders"]:
-            os.makedirs(folder, exist_ok=True)
+            make_folder(folder)
 
     def outputs(self, entries: Iterable[Entry]) -> None:
         """Put saved outputs in place, over inputs of the same name."""
@@ -59,10 +63,10 @@ class Fetch:
                 source = f"{self.prefix}/saved/{entry.sha256}"
                 write_file(entry, self.bucket.chunks(source), source)
             else:
-                os.makedirs(entry.path, exist_ok=True)
+                make_folder(entry.path)
 
-    def _files(self, sha256: str) -> Iterator[Entry]:
-        """The manifest's entries that have content; the others are dealt with here."""
+    def _pieces(self, sha256: str) -> Iterator[tuple[Entry, int]]:
+        """What has content, piece by piece, each with its place in its file; the rest is dealt with here."""
         name = self.prefix + "/manifest.jsonl"
         digest, lines = hashlib.sha256(), "../manifest.jsonl"
         with open(lines, "wb") as file:
@@ -73,20 +77,23 @@ class Fetch:
             raise Corrupt(f"{name} is damaged: its sha256 is not the one in the order")
         with open(lines, encoding="ascii") as text:
             for entry in (read_entry(json.loads(line), name, with_parts=True) for line in text):
-                if entry.sha256:
-                    yield entry
+                if len(entry.parts) > 1:
+                    self._modes.append((entry.path, entry.mode))
+                    yield from pieces_of(entry)
+                elif entry.sha256:
+                    yield entry, 0
                 elif entry.link:
                     self._links.append(entry)
                 else:
-                    os.makedirs(entry.path, exist_ok=True)
+                    make_folder(entry.path)
                     os.chmod(entry.path, entry.mode | 0o700)
 
-    def _work(self, groups: Iterator[tuple[str, Iterator[Entry]]]) -> None:
+    def _work(self, groups: Iterator[tuple[object, Iterator[tuple[Entry, int]]]]) -> None:
         """One of a few threads; what goes wrong in one ends all."""
         try:
             while not self.stop.is_set():
                 with self._lock:
-                    group = [entry for _, entries in islice(groups, 1) for entry in entries]
+                    group = [piece for _, pieces in islice(groups, 1) for piece in pieces]
                 if not group:
                     return
                 self._fetch(group)
@@ -94,44 +101,59 @@ class Fetch:
             self.stop.set()
             raise
 
-    def _fetch(self, group: list[Entry]) -> None:
-        entry = group[0]
-        if together(entry) != entry.path:
-            start = min(entry.parts[0][1] for entry in group)
-            stop = max(entry.parts[0][1] + entry.size for entry in group)
-            chunks = self.bucket.chunks(self._blobs + together(entry), start, stop - start)
-            content = memoryview(b"".join(chunks))
-            for entry in group:
-                self._write(entry, [content[entry.parts[0][1] - start :][: entry.size]])
-        elif len(entry.parts) == 1 and entry.size > LARGE and self._cloned(entry):
-            self._write(entry, file_chunks(entry.path), cloned=True)
+    def _fetch(self, group: list[tuple[Entry, int]]) -> None:
+        entry, at = group[0]
+        blob, start, _ = source_of(entry)
+        if blob != entry.sha256:
+            start = min(source_of(entry)[1] for entry, _ in group)
+            stop = max(source_of(entry)[1] + entry.size for entry, _ in group)
+            content = memoryview(b"".join(self.bucket.chunks(self._blobs + blob, start, stop - start)))
+            for entry, at in group:
+                self._write(entry, at, [content[source_of(entry)[1] - start :][: entry.size]])
+        elif entry.size > LARGE and self.bucket.clone(self._blobs + blob, make_parent(entry.path), at):
+            self._write(entry, at, Stretch(entry.path, at, entry.size), cloned=True)
         else:
-            parts = (self.bucket.chunks(self._blobs + blob, *where) for blob, *where in entry.parts)
-            self._write(entry, chain.from_iterable(parts))
+            content_of = self.bucket.chunks(self._blobs + blob, start, entry.size)
+            self._write(entry, at, content_of if entry.size else [])
 
-    def _cloned(self, entry: Entry) -> bool:
-        return self.bucket.clone(self._blobs + entry.sha256, make_parent(entry.path))
-
-    def _write(self, entry: Entry, pieces: Iterable[bytes | memoryview], *, cloned: bool = False) -> None:
-        write_file(entry, pieces, " ".join({self._blobs + part[0] for part in entry.parts}), cloned=cloned)
+    def _write(
+        self, entry: Entry, at: int, pieces: Iterable[bytes | memoryview], *, cloned: bool = False
+    ) -> None:
+        write_file(entry, pieces, self._blobs + source_of(entry)[0], at=at, cloned=cloned)
         with self._lock:
-            self.progress["files"] += 1
+            self.progress["files"] += at == 0
             self.progress["bytes"] += entry.size
 
 
-def together(entry: Entry) -> str:
+def pieces_of(entry: Entry) -> Iterator[tuple[Entry, int]]:
+    """Each part of a file as a file that begins somewhere, and may be written while it is made."""
+    at = 0
+    for part in entry.parts:
+        blob, _, length = part
+        yield entry._replace(mode=0o600, size=length, sha256=blob, parts=(part,)), at
+        at += length
+
+
+def source_of(entry: Entry) -> tuple[str, int, int]:
+    """(blob, offset, length) of what is in one piece; an empty file needs none."""
+    return entry.parts[0] if entry.parts else (entry.sha256, 0, 0)
+
+
+def together(piece: tuple[Entry, int]) -> object:
     """The same for neighbours that one blob was packed of, so that they are read in one go."""
-    packed = len(entry.parts) == 1 and entry.parts[0][0] != entry.sha256
-    return str(entry.parts[0][0] if packed else entry.path)
+    entry, at = piece
+    blob = source_of(entry)[0]
+    return blob if blob != entry.sha256 else (entry.path, at)
 
 
 def write_file(
-    entry: Entry, pieces: Iterable[bytes | memoryview], source: str, *, cloned: bool = False
+    entry: Entry, pieces: Iterable[bytes | memoryview], source: str, *, at: int = 0, cloned: bool = False
 ) -> None:
-    """Write one file and check its content. Raises Corrupt, naming the source."""
+    """Write a file, or its piece that begins `at`, and check its content. Raises Corrupt with the source."""
     digest = hashlib.sha256()
-    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (0 if cloned else os.O_TRUNC)
-    with open(os.open(make_parent(entry.path), flags, 0o600), "wb", buffering=0) as file:
+    target = os.open(make_parent(entry.path), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    with open(target, "wb", buffering=0) as file:
+        file.seek(at)
         for piece in pieces:
             digest.update(piece)
             while piece and not cloned:
@@ -141,17 +163,35 @@ def write_file(
         raise Corrupt(f"{entry.path} is damaged in the bucket: {source}")
 
 
-def file_chunks(path: str) -> Iterator[bytes]:
-    with open(path, "rb", buffering=0) as file:
-        yield from iter(lambda: file.read(1 << 20), b"")
+class Stretch:
+    """The bytes of a file from a place on, read anew each time this is iterated."""
+
+    def __init__(self, path: str, at: int = 0, length: int = sys.maxsize) -> None:
+        self._path, self._at, self._length = path, at, length
+
+    def __iter__(self) -> Iterator[bytes]:
+        left = self._length
+        with open(self._path, "rb", buffering=0) as file:
+            file.seek(self._at)
+            while left and (data := file.read(min(left, PIECE))):
+                left -= len(data)
+                yield data
 
 
 def make_parent(path: str) -> str:
     """The path, when its directory exists."""
-    parent = path.rpartition("/")[0]
-    if parent and not os.path.isdir(parent):
-        os.makedirs(parent, exist_ok=True)
+    missing, parent = [], path.rpartition("/")[0]
+    while parent and not os.path.isdir(parent):
+        missing.append(parent)
+        parent = parent.rpartition("/")[0]
+    for folder in reversed(missing):  # os.makedirs calls itself, and Python's stack is not that deep
+        with suppress(FileExistsError):  # another thread was faster
+            os.mkdir(folder)
     return path
+
+
+def make_folder(path: str) -> None:
+    make_parent(path + "/")
 
 
 def check_space(size: int, files: int) -> None:

@@ -16,7 +16,7 @@ from cloudrun.agent.fetch import Fetch
 from cloudrun.agent.log import Log
 from cloudrun.agent.program import Program, steps
 from cloudrun.agent.save import Saver
-from cloudrun.agent.watch import Task, Watch, insist, now, stamp
+from cloudrun.agent.watch import Task, Watch, insist, now, said, stamp
 from cloudrun.errors import CloudrunError, Conflict, Corrupt
 from cloudrun.formats import canonical, parse
 from cloudrun.processes import descendants, kill_descendants
@@ -45,10 +45,6 @@ def main() -> None:
     finally:
         os.write(int(os.environ["CLOUDRUN_GUARD"]), b"R")  # nothing is left to do on this machine
         os._exit(0)  # and nothing is worth waiting for, not even a thread that hangs in the bucket
-
-
-def said(error: BaseException) -> str:
-    return str(error) if isinstance(error, (CloudrunError, OSError)) else f"{type(error).__name__}: {error}"
 
 
 def claim(watch: Watch) -> bool:
@@ -85,10 +81,13 @@ class Attempt:
             if self.fetch():
                 self.run()
         except Exception as error:
-            self.reason, self.message = "agent-failed" if self.program else "failed", said(error)
+            if self.reason != "preempted":
+                self.reason = "agent-failed" if self.program else "failed"
+            self.message = said(error)
         self.save()
         self.log.close()
-        self.watch.join(self.log.task, self.room())
+        if not self.watch.join(self.log.task, self.room()):
+            self.message = self.message or "the end of its output could not be sent"
         if self.reason != "preempted":
             self.watch.join(Task(insist, self.write_receipt, self.room(), SHORT_SECONDS), self.room())
 
@@ -105,6 +104,8 @@ class Attempt:
         done = self.watch.join(task, self.watch.limits["fetch"], heed=True)
         fetch.stop.set()
         reason = self.watch.reason()
+        if reason in ("guard-lost", "agent-failed"):
+            raise CloudrunError(f"{reason}: {self.watch.trouble()}")
         if reason:
             self.end(reason)
         elif not done:
@@ -169,12 +170,12 @@ class Attempt:
         program.last_words()
 
     def end(self, reason: str) -> None:
-        """Note why; for a spot notice say so first, whatever happens next: the run may go on elsewhere."""
-        self.reason = reason
-        self.message = " ".join(said(task.error) for task in self.watch.helpers if task.error)
+        """Note why; a spot notice is passed on first, whatever happens next: the run may go on elsewhere."""
+        self.reason, self.message = reason, self.watch.trouble()
         if reason == "preempted":
-            name, content = self.watch.attempt + "/end.json", canonical({"reason": reason, "time": stamp()})
-            self.watch.join(Task(self.bucket.create, name, content), SHORT_SECONDS)
+            self.watch.beat()
+            assert self.watch.farewell
+            self.watch.join(self.watch.farewell, SHORT_SECONDS)
 
     def save(self) -> None:
         """The last save; `unsaved` says what went wrong. Then copies for people."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from cloudrun.agent.fetch import file_chunks
+from cloudrun.agent.fetch import Stretch
 from cloudrun.agent.watch import Watch, now, stamp
 from cloudrun.errors import BucketError, Missing
 from cloudrun.formats import Entry, canonical, parse, read_entry
@@ -44,7 +45,7 @@ class Saver:
     def previous(self) -> list[Entry]:
         """The outputs that an earlier attempt saved. Raises Corrupt."""
         try:
-            data, self._version = self.bucket.get(self._name)
+            data, self._version = self.bucket.get(self._name, sys.maxsize)
         except Missing:
             return []
         entries = parse(data, self._name, files=list)["files"]
@@ -159,7 +160,7 @@ class Saver:
         if stat.S_ISDIR(status.st_mode):
             return Entry(path, mode)
         try:
-            sha256 = self.bucket.put_blob(self.watch.prefix + "/saved/", file_chunks(path), durable=True)
+            sha256 = self.bucket.put_blob(self.watch.prefix + "/saved/", Stretch(path), durable=True)
         except (FileNotFoundError, PermissionError):
             return None
         return Entry(path, mode, status.st_size, sha256)

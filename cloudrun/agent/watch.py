@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from cloudrun.errors import BucketError, Missing
+from cloudrun.errors import BucketError, CloudrunError, Missing
 from cloudrun.formats import canonical, parse, timestamp
 from cloudrun.storage import Bucket
 
@@ -39,6 +39,10 @@ def insist(act: Callable[[], object], seconds: float, refused: float) -> object:
                 raise
         time.sleep(pause)
         pause = min(2 * pause, 5.0)
+
+
+def said(error: BaseException) -> str:
+    return str(error) if isinstance(error, (CloudrunError, OSError)) else f"{type(error).__name__}: {error}"
 
 
 class Task(threading.Thread):
@@ -78,6 +82,7 @@ class Watch:
         self._beaten = now()
         self._client = b"", now()
         self._noticed, self._client_lost = threading.Event(), False
+        self.farewell: Task | None = None
         self._changed = threading.Event()
         self.phase("boot")
         os.set_blocking(self._pipe, False)
@@ -109,8 +114,18 @@ class Watch:
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 
+    def trouble(self) -> str:
+        """What went wrong in the helpers."""
+        return " ".join(said(task.error) for task in self.helpers if task.error)
+
     def beat(self) -> None:
-        """From the main loop only: the guard hears that the thread that does the work goes on."""
+        """From the main loop only: the guard hears that the thread that does the work goes on.
+
+        A spot notice, whenever it comes, is passed on to the bucket: the run may go on elsewhere.
+        """
+        if self._noticed.is_set() and self.farewell is None:
+            word = canonical({"reason": "preempted", "time": stamp()})
+            self.farewell = Task(self.bucket.create, self.attempt + "/end.json", word)
         if now() - self._beaten > self.limits["agent_beat"]:
             self._beaten = now()
             with suppress(OSError):

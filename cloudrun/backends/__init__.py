@@ -47,6 +47,8 @@ class Backend(Protocol):
 
     name: str
     place: str  # see cloudrun.config.place
+    pace: float  # seconds between two looks at a machine
+    appears_within: float  # seconds from a create call to the moment when its machine can be found
 
     def offers(self) -> list[Offer]:
         """What could be had now, best first."""

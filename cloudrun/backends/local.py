@@ -21,7 +21,7 @@ from cloudrun.backends import Boot, Instance, Offer
 from cloudrun.config import data_directory, place
 from cloudrun.errors import CloudrunError
 from cloudrun.formats import timestamp
-from cloudrun.processes import below, parents, pids, send
+from cloudrun.processes import below, parents, pids, send, stat_of
 
 PASSED_ON = (
     *("HOME", "PATH", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "VIRTUAL_ENV"),
@@ -37,6 +37,8 @@ class LocalBackend:
     """See cloudrun.backends.Backend. The price is what the user says that this computer costs."""
 
     name = "local"
+    pace = 0.02
+    appears_within = 0.0
 
     def __init__(self, price: float = 0.0) -> None:
         self._price, self.place = price, place(self.name, os.environ)
@@ -151,11 +153,10 @@ class LocalBackend:
 def _working_in(folder: str) -> Iterator[int]:
     """Processes without a terminal (so no person's shell) whose directory is inside the instance's."""
     for pid in pids():
-        with suppress(OSError, IndexError, ValueError):
-            if os.readlink(f"/proc/{pid}/cwd").startswith(os.path.realpath(folder) + "/"):
-                with open(f"/proc/{pid}/stat", "rb") as file:
-                    if int(file.read().rpartition(b")")[2].split()[4]) == 0:
-                        yield pid
+        with suppress(OSError, IndexError):
+            inside = os.readlink(f"/proc/{pid}/cwd").startswith(os.path.realpath(folder) + "/")
+            if inside and stat_of(pid)[4] == b"0":
+                yield pid
 
 
 def _instance(name: str, members: list[tuple[int, dict[str, str]]]) -> Instance:
@@ -174,7 +175,5 @@ def _instance(name: str, members: list[tuple[int, dict[str, str]]]) -> Instance:
 
 def _started(pid: int) -> float:
     """Seconds since the epoch at which a process started, to a hundredth."""
-    with suppress(OSError, IndexError, ValueError), open(f"/proc/{pid}/stat", "rb") as file:
-        ticks = int(file.read().rpartition(b")")[2].split()[19])
-        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
-    return time.time()
+    booted, stat = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME), stat_of(pid)
+    return booted + int(stat[19]) / os.sysconf("SC_CLK_TCK") if stat else time.time()

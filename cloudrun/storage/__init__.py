@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 else:
     Protocol = object
 
+MAX_OBJECT = 64 << 20  # bytes of what is read in one go, log chunks among it
 MAX_NAME = 1024  # bytes, Cloud Storage's own limit
 
 
@@ -29,9 +30,13 @@ class Bucket(Protocol):
     url: str
     pace: float  # seconds that a polling client or agent leaves between two looks
     part_bytes: int  # a larger file is cut into parts of this size
+    workers: int  # threads that sending or fetching at the same time pays for
 
-    def get(self, name: str) -> tuple[bytes, str]:
-        """The content and its version, which changes with the content. Raises Missing."""
+    def get(self, name: str, most: int = MAX_OBJECT) -> tuple[bytes, str]:
+        """The content and its version, which changes with the content.
+
+        Raises Missing; Corrupt if it has more bytes than `most`: a stranger's machine may write anything.
+        """
 
     def size(self, name: str) -> int | None:
         """Bytes of the object, or None where there is none."""
@@ -58,6 +63,7 @@ class Bucket(Protocol):
     def put_blob(self, prefix: str, content: Iterable[bytes], *, durable: bool = False) -> str:
         """Store content under `prefix` + its sha256, and return the sha256. Already there is success.
 
+        `content` can be iterated several times: a storage may have to know the name, or to try again.
         What the content itself raises while it is read comes out as it is, and nothing is stored.
         `durable`: when this returns, the content outlives a power failure.
         """
@@ -65,8 +71,11 @@ class Bucket(Protocol):
     def copy(self, source: str, target: str) -> None:
         """Copy inside the bucket, replacing the target. Raises Missing."""
 
-    def clone(self, name: str, path: str) -> bool:
-        """Make `path` share the object's storage if both live on a file system that can; else False."""
+    def clone(self, name: str, path: str, offset: int) -> bool:
+        """Put the object at this place of the file `path`, sharing its storage, if the file system can.
+
+        False: it cannot, and the file, which is made if there is none, got nothing.
+        """
 
     def names(self, prefix: str) -> Iterator[str]:
         """Full names of all objects below `prefix`, which is empty or ends in a slash, sorted."""

@@ -1,0 +1,136 @@
+"""`cloudrun main.py` from the user's side: check everything, start, follow, bring home."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from cloudrun.backends import open_backend
+from cloudrun.bill import close, forget
+from cloudrun.closing import bring_home, check_json, dry_run_lines, price_words, write_record
+from cloudrun.commands import sweep_up
+from cloudrun.config import Settings, from_env
+from cloudrun.errors import FAILED, CloudrunError, Interrupted, UsageError
+from cloudrun.order import Order
+from cloudrun.project import check_project, returned
+from cloudrun.report import Report
+from cloudrun.run import Client, best_offer, check_limits, check_time, execute
+from cloudrun.runs import last_attempt
+from cloudrun.signals import Signals
+from cloudrun.start import Prepared, Wanted, describe, prepare, store
+from cloudrun.storage import open_bucket
+
+
+def run_script(name: str, arguments: list[str], **options: Any) -> int:
+    """The options are those of the command line. Returns the exit code."""
+    settings, wanted = check(name, arguments, options)
+    report = open_report(**options)
+    if settings.chosen:
+        report.say(f"backend {settings.backend}, because {settings.chosen}")
+    with open_client(settings, report) as client:
+        if not options["dry_run"]:
+            return start_and_follow(client, settings, wanted, options)
+        for line in dry_run_lines(client, settings, wanted):
+            print(line)
+        return 0
+
+
+def check(name: str, arguments: list[str], options: dict[str, Any]) -> tuple[Settings, Wanted]:
+    """Raises UsageError with everything that is wrong, at once."""
+    here, environ, problems = os.getcwd(), dict(os.environ), []
+
+    def attempt(check: Callable[..., Any], *values: Any, **flags: Any) -> Any:
+        try:
+            return check(*values, **flags)
+        except UsageError as error:
+            problems.append(str(error))
+
+    limits = {key: options[key] for key in ("backend", "max_hours", "max_cost")}
+    script = attempt(check_project, here, name)
+    settings = attempt(from_env, environ, here, **limits)
+    attempt(returned, options["output"])
+    env = attempt(environment, options["env"], environ)
+    attempt(check_json, options["json_file"])
+    if problems:
+        raise UsageError("\n".join(problems))
+    if script.startswith("-"):
+        script = "./" + script  # Python would take it for an option
+    return settings, Wanted([script, *arguments], env, options["output"], options["if_client_lost"])
+
+
+def check_script(prepared: Prepared, wanted: Wanted) -> None:
+    """Raises UsageError for a script that an ignore file keeps here."""
+    script = os.path.normpath(wanted.argv[0])
+    if not any(item.path == script for item in prepared.scanned.found):
+        raise UsageError(
+            f"{script} is left out by an ignore file or by cloudrun's own rules: --dry-run says why"
+        )
+
+
+def environment(pairs: tuple[str, ...], environ: dict[str, str]) -> dict[str, str]:
+    """The values of -e. Raises UsageError naming every one that is not set here."""
+    found, missing = {}, []
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or (not equals and name not in environ):
+            missing.append(f"-e {pair}: not set here; give a value, -e {name or 'NAME'}=VALUE")
+        else:
+            found[name] = value if equals else environ[name]
+    if missing:
+        raise UsageError("\n".join(missing))
+    return found
+
+
+def start_and_follow(client: Client, settings: Settings, wanted: Wanted, options: dict[str, Any]) -> int:
+    report = client.report
+    sweep_up(client)
+    report.stage("scan")
+    prepared = prepare(settings, client.bucket)
+    check_script(prepared, wanted)
+    report.say(describe(prepared))
+    report.stage("offer")
+    offer = best_offer(client.backend)
+    check_limits(settings, offer)
+    order = store(prepared, settings, wanted, offer.price, (client.bucket, report))
+    try:
+        check_time(order, offer)
+        report.say(f"{offer.what}, {price_words(order)}")
+        report.detail(f"run {order.run}, kept in {client.bucket.url}/{order.prefix}")
+        outcome = execute(client, order, offer, detach=options["detach"])
+    except BaseException as error:
+        abandon(client, order)
+        if isinstance(error, Interrupted):
+            report.say("no machine of this run is left")
+        raise
+    if options["detach"]:
+        print(order.run, flush=True)
+    if outcome is None:
+        return 0
+    code, pulled = bring_home(client, order, outcome)
+    if options["json_file"]:
+        written = write_record(options["json_file"], client, order, pulled)
+        code = code or written
+    return code
+
+
+def abandon(client: Client, order: Order) -> None:
+    """The end of a run that never asked for a machine."""
+    with suppress(CloudrunError):  # what ended the run is what the user should read
+        try:
+            close(client.bucket, order, [], "failed", FAILED)
+        except CloudrunError:
+            if not last_attempt(client.bucket, order):
+                forget(client.bucket, order.prefix, order.run)
+
+
+def open_report(quiet: bool = False, verbose: bool = False, **_: object) -> Report:
+    return Report(quiet=quiet, verbose=verbose, environ=os.environ)
+
+
+@contextmanager
+def open_client(settings: Settings, report: Report) -> Iterator[Client]:
+    """Within this context signals are ours."""
+    with Signals() as signals:
+        yield Client(open_bucket(settings.bucket), open_backend(settings), report, signals)

@@ -317,6 +317,25 @@ def test_the_guards_end_is_noticed(tmp_path):
     assert run.receipt["reason"] == "guard-lost" and run.outputs() == {"model/x": b"kept"}
 
 
+def test_a_guard_that_is_gone_before_main_py_was_started_is_a_failure(tmp_path):
+    run = Run(tmp_path, "open('model/x', 'w')")
+    os.mkfifo(
+        Path(run.bucket.root) / run.prefix / "env.json"
+    )  # the fetch waits for somebody to write into it
+    run.start()
+    wait_until(lambda: run.phase() == "fetch")
+    os.close(run.reading)
+    run.process.wait(20)
+    assert run.receipt["reason"] == "failed" and "guard-lost" in run.receipt["message"]
+    assert outcome_of(run.receipt).exit_code == 125 and run.outputs() == {}
+
+
+def test_a_path_deeper_than_python_can_call_itself(tmp_path):
+    path = "data/" + "d/" * 1500 + "file"
+    run = Run(tmp_path, f"import os; print(open('{path}').read())", {path: "deep"})
+    assert run.run().output() == b"deep\n", run.receipt
+
+
 def test_a_spot_notice_is_written_down_before_main_py_hears_of_it(tmp_path):
     end = tmp_path / "bucket/p/runs/p-20260101-000000-abcd/attempts/1/end.json"
     main = f"""

@@ -642,6 +642,23 @@ def test_wait_continues_a_preempted_run_and_ctrl_c_leaves_it_alone(make: Callabl
     assert (read_bill(world.bucket, order) or {})["attempts"] == 2
 
 
+def test_a_sweep_that_cannot_end_a_machine_is_122(make: Callable[..., World]) -> None:
+    world = make("state nothing")
+    order = world.order()
+    assert world.execute(order, detach=True) is None
+    name = f"{order.run}-1"
+    world.backend.machines[name] = world.backend.machines[name]._replace(alive=False)
+    world.backend.refuse_stop = True
+    with Signals() as signals:
+        assert commands.ps(world.client(signals), world.settings, as_json=False) == 122
+    assert any(f"by hand: fake-cloud stop {name}" in line for line in world.report.lines)
+    assert read_bill(world.bucket, order) is None
+    world.backend.refuse_stop = False
+    with Signals() as signals:
+        assert commands.ps(world.client(signals), world.settings, as_json=False) == 0
+    world.assert_ended()
+
+
 def test_detach_leaves_the_machine_and_returns_nothing(make: Callable[..., World]) -> None:
     world = make("nothing nothing state")
     assert world.execute(world.order(), detach=True) is None

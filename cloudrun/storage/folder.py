@@ -162,8 +162,12 @@ class FolderBucket:
         path = self._path(prefix[:-1]) if prefix else self.root
         try:
             entries = os.scandir(path)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return []
+        except NotADirectoryError:
+            if os.path.isdir(self.root):  # an object stands there
+                return []
+            raise
         with entries:  # a slash sorts as itself, so that the whole listing comes out sorted
             visible = [entry for entry in entries if prefix or entry.name not in OURS]
         return sorted(visible, key=lambda entry: entry.name + "/" * entry.is_dir())

@@ -282,6 +282,67 @@ def test_a_preempted_run_without_a_client_ends_preempted(machinery):
     machinery.meter.wait_gone(2)
 
 
+def test_a_client_that_slept_sees_the_machine_through_that_another_client_rented(machinery):
+    """It wakes up while the run goes on elsewhere, and makes no machine of its own."""
+    machinery.main(RESUMED.replace("sys.exit(0)", "time.sleep(2); sys.exit(6)"))
+    sleeper = machinery.running("main.py", text="step 0\n")
+    wait_until(lambda: machinery.saved("model/step"))
+    sleeper.send_signal(signal.SIGSTOP)
+    signal_all(machinery.role("guard"), signal.SIGTERM)
+    machinery.wait_for("attempts/1/end.json")
+    machinery.meter.wait_gone(8)
+    other = machinery.start("wait")
+    machinery.wait_for("attempts/2/agent.json")
+    (only,) = machinery.role("guard")
+    sleeper.send_signal(signal.SIGCONT)
+    assert sleeper.wait(30) == other.wait(30) == 6
+    assert machinery.out(sleeper) == "step 0\nstep 7\n"
+    assert machinery.object("attempts/3/claim.json") in (None, {"closed": True})
+    bill = machinery.object("bill.json")
+    machinery.meter.wait_gone(2)
+    assert bill["attempts"] == 2 and machinery.object("attempts/2/claim.json")["instance"].endswith("-2")
+    assert not alive(only)
+
+
+def test_who_waits_for_a_run_ends_a_machine_that_has_outlived_its_deadline(machinery):
+    """By the machine's age: the clock of who waits may be anything."""
+    machinery.main(SLEEP)
+    lose(machinery.running(hours(6), "main.py", limit_provider=0.5))
+    hung = machinery.role("guard") + machinery.role("agent")
+    waiting = machinery.start("wait")
+    wait_until(lambda: machinery.object("attempts/1/state.json"))
+    signal_all(hung, signal.SIGSTOP)
+    assert waiting.wait(30) == 124, machinery.err(waiting)
+    bill = machinery.ended(2)
+    assert bill["layer"] == "sweep" and bill["reason"] == "deadline" and 6 < machinery.meter.seconds < 9
+
+
+def test_a_machine_that_is_overdue_is_ended_though_the_bucket_is_out_of_reach(machinery):
+    machinery.main(SLEEP)
+    lose(machinery.running("main.py"))
+    signal_all(machinery.role("guard") + machinery.role("agent"), signal.SIGKILL)
+    bucket = machinery.top / "share/cloudrun/bucket"
+    bucket.rename(bucket.with_name("hidden"))
+    bucket.touch()
+    assert machinery.meter.members, "main.py goes on"
+    assert machinery.run("ps") == 125
+    machinery.meter.wait_gone(3)
+
+
+def test_a_spot_notice_while_the_rest_drains_is_written_down_and_the_run_is_complete(machinery):
+    main = WORK + "import subprocess\nsubprocess.Popen(['sleep', '100'])\nprint('up', flush=True)"
+    machinery.main(main)
+    client = machinery.running("main.py", limit_drain=8.0, limit_grace_preempted=0.5)
+    program = machinery.role("program")
+    wait_until(lambda: len(machinery.role("program")) < 2 or machinery.role("program") != program)
+    time.sleep(0.5)  # main.py has ended; what it left behind goes on
+    signal_all(machinery.role("guard"), signal.SIGTERM)
+    assert machinery.wait_for("attempts/1/end.json")["reason"] == "preempted"
+    assert client.wait(30) == 0
+    machinery.ended(2)
+    assert machinery.object("receipt.json")["status"] == 0 and machinery.local("model/first") == "first"
+
+
 def test_a_bucket_that_is_full_at_the_last_save(machinery):
     waiting = "print('up', flush=True)\nwhile not os.path.exists('go'): time.sleep(0.01)\n"
     machinery.main(WORK + waiting + "write('model/big', 'x' * 900000)")

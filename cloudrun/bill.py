@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
-from cloudrun.backends import Backend
+from cloudrun.backends import Backend, Instance
 from cloudrun.errors import BucketError, Conflict, StillRunning
 from cloudrun.formats import canonical, seconds_of, timestamp
 from cloudrun.order import Order
@@ -27,13 +27,17 @@ class Patience(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """An instance was seen ended. `layer`: agent, guard, lease or sweep; started is None if nobody knows."""
+    """An instance was seen ended. `layer`: agent, guard, lease or sweep; started is None if nobody knows.
+
+    `price`: US dollars per hour; None: that of the order.
+    """
 
     name: str
     started: float | None
     ended: float
     layer: str
     proof: str
+    price: float | None = None
 
 
 def see_ended(backend: Backend, name: str, patience: Patience, *, layer: str) -> Ended:
@@ -41,23 +45,22 @@ def see_ended(backend: Backend, name: str, patience: Patience, *, layer: str) ->
 
     Raises StillRunning, with what to do by hand, if that cannot be seen in time.
     """
-    began = time.monotonic()
-    started, errors, stopped_by = None, [], layer
+    began, last = time.monotonic(), None
+    errors, stopped_by = [], layer
     appears = began + (backend.appears_within if patience.doubtful else 0.0)
     graceful = began + patience.grace
     while True:
         try:
             instance = backend.find(name)
-            if instance:
-                started = instance.started
-            if instance is None or instance.ended is not None:
-                if instance and time.monotonic() < graceful:
-                    stopped_by = "agent" if instance.why == "the run is finished" else "guard"
+            last = instance or last
+            if last and last.ended is not None and graceful:
+                if time.monotonic() < graceful:
+                    stopped_by = "agent" if last.why == "the run is finished" else "guard"
+                graceful = 0.0
+            if instance is None or (instance.ended is not None and not instance.leftover):
                 backend.stop(name)  # nothing is left to end; this frees what the machine left behind
-                if instance or time.monotonic() >= appears:
-                    ended = instance.ended if instance and instance.ended else time.time()
-                    proof = f"{backend.name}: no {name}, seen {timestamp(time.time())}"
-                    return Ended(name, started, ended, stopped_by, proof)
+                if last or time.monotonic() >= appears:
+                    return _seen_ended(backend, name, last, stopped_by)
             elif time.monotonic() > graceful or not instance.alive:
                 graceful = 0.0
                 backend.stop(name)
@@ -69,6 +72,14 @@ def see_ended(backend: Backend, name: str, patience: Patience, *, layer: str) ->
                 f"end it by hand: {backend.by_hand(name)}"
             )
         time.sleep(backend.pace)
+
+
+def _seen_ended(backend: Backend, name: str, last: Instance | None, layer: str) -> Ended:
+    """`last` is what was last seen of it."""
+    now = time.time()
+    started, ended, price = (last.started, last.ended, last.price) if last else (None, None, None)
+    proof = f"{backend.name}: no {name}, seen {timestamp(now)}"
+    return Ended(name, started, now if ended is None else ended, layer, proof, price)
 
 
 def end_of(backend: Backend, bucket: Bucket, order: Order, attempt: int, *, grace: float) -> Ended:
@@ -84,7 +95,7 @@ def end_of(backend: Backend, bucket: Bucket, order: Order, attempt: int, *, grac
     with suppress(BucketError):
         claim, after = (attempt_object(bucket, order, n, "claim") for n in (attempt, attempt + 1))
         if claim and ended.started is None:
-            ended = ended._replace(started=seconds_of(claim["time"]))
+            ended = ended._replace(started=seconds_of(claim["time"]), price=ended.price or claim["price"])
         if after and "time" in after:
             ended = ended._replace(ended=min(ended.ended, seconds_of(after["time"])))
     return ended
@@ -111,8 +122,11 @@ def close(bucket: Bucket, order: Order, ends: list[Ended], reason: str, exit_cod
     if is_claimed(bucket, order, following):
         return False
     starts = [end.started for end in ends if end.started is not None]
-    known = len(starts) == len(ends)
-    seconds = sum(max(end.ended - (end.started or end.ended), 0.0) for end in ends) if known else None
+    lived = [max(end.ended - (end.started or end.ended), 0.0) for end in ends]
+    seconds = sum(lived) if len(starts) == len(ends) else None
+    prices = [order.price if end.price is None else end.price for end in ends]
+    costs = [time * price / 3600 for time, price in zip(lived, prices, strict=True) if price is not None]
+    known = seconds is not None and len(costs) == len(ends) and (ends or order.price is not None)
     bill = {
         "reason": reason,
         "exit_code": exit_code,
@@ -120,7 +134,7 @@ def close(bucket: Bucket, order: Order, ends: list[Ended], reason: str, exit_cod
         "ended": timestamp(max(end.ended for end in ends)) if ends else None,
         "seconds": None if seconds is None else round(seconds, 3),
         "price": order.price,
-        "cost": None if seconds is None or order.price is None else round(seconds * order.price / 3600, 6),
+        "cost": round(sum(costs), 6) if known else None,
         "layer": ends[-1].layer if ends else "none",
         "proof": ends[-1].proof if ends else "no machine was ever asked for",
         "attempts": len(ends),

@@ -14,7 +14,7 @@ from cloudrun.order import Order
 from cloudrun.pull import Pulled, pull
 from cloudrun.receipt import Outcome
 from cloudrun.report import human_bytes, human_money, human_seconds
-from cloudrun.run import Client, best_offer, check_time
+from cloudrun.run import Client, check_time, dearest, find_offers
 from cloudrun.runs import read_bill, record
 from cloudrun.start import Wanted, amount, check_price, make_order, prepare
 from cloudrun.storage import Bucket
@@ -102,12 +102,12 @@ def price_words(order: Order) -> str:
 
 def dry_run_lines(client: Client, settings: Settings, wanted: Wanted) -> Iterator[str]:
     """Everything that a run would send, do and spend, a line each."""
-    bucket, offer = client.bucket, best_offer(client.backend)
-    check_price(settings, offer.price)
+    bucket, offers = client.bucket, find_offers(client.backend)
+    check_price(settings, dearest(offers))
     prepared = prepare(settings, bucket)
     work = prepared.plan
-    order = make_order("dry-run", settings, wanted, offer.price, work, "0" * 64, "0" * 64)
-    check_time(order, offer)
+    order = make_order("dry-run", settings, wanted, dearest(offers), work, "0" * 64, "0" * 64)
+    check_time(order, offers)
     yield f"to {bucket.url}/{settings.project}:"
     for item, line in zip(work.found, work.lines, strict=True):
         mark = "send" if line is None else "have"
@@ -118,5 +118,5 @@ def dry_run_lines(client: Client, settings: Settings, wanted: Wanted) -> Iterato
     yield "  " + amount(work)
     names = ", ".join(sorted(wanted.env)) or "nothing"
     yield f"run: {shlex.join(wanted.argv)}, with {names} from -e"
-    yield f"on: {offer.what} ({settings.backend}), {price_words(order)}"
+    yield f"on: {offers[0].what} ({settings.backend}), {price_words(order)}"
     yield f"bring back: {', '.join(order.outputs)}"

@@ -34,6 +34,10 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signum
 
 
+class NoCapacity(CloudrunError):
+    """This offer cannot be had now, and nothing was started; another one may be."""
+
+
 class StillRunning(CloudrunError):
     """An instance could not be seen ended. Swallowing this error hides a bill."""
 

@@ -16,7 +16,7 @@ from cloudrun.errors import FAILED, CloudrunError, Interrupted, UsageError
 from cloudrun.order import Order
 from cloudrun.project import check_project, returned
 from cloudrun.report import Report
-from cloudrun.run import Client, best_offer, check_limits, check_time, execute
+from cloudrun.run import Client, check_limits, check_time, dearest, execute, find_offers
 from cloudrun.runs import last_attempt
 from cloudrun.signals import Signals
 from cloudrun.start import Prepared, Wanted, describe, prepare, store
@@ -91,14 +91,14 @@ def start_and_follow(client: Client, settings: Settings, wanted: Wanted, options
     check_script(prepared, wanted)
     report.say(describe(prepared))
     report.stage("offer")
-    offer = best_offer(client.backend)
-    check_limits(settings, offer)
-    order = store(prepared, settings, wanted, offer.price, (client.bucket, report))
+    offers = find_offers(client.backend)
+    check_limits(settings, offers)
+    order = store(prepared, settings, wanted, dearest(offers), (client.bucket, report))
     try:
-        check_time(order, offer)
-        report.say(f"{offer.what}, {price_words(order)}")
+        check_time(order, offers)
+        report.say(f"{offers[0].what}, {price_words(order)}")
         report.detail(f"run {order.run}, kept in {client.bucket.url}/{order.prefix}")
-        outcome = execute(client, order, offer, detach=options["detach"])
+        outcome = execute(client, order, offers, detach=options["detach"])
     except BaseException as error:
         abandon(client, order)
         if isinstance(error, Interrupted):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from cloudrun.backends import Backend, Boot, Offer
 from cloudrun.bill import Ended, Patience, close, end_of, ends_of, see_ended
 from cloudrun.config import Settings
-from cloudrun.errors import BucketError, CloudrunError, Conflict, Interrupted, UsageError
+from cloudrun.errors import BucketError, CloudrunError, Conflict, Interrupted, NoCapacity, UsageError
 from cloudrun.follow import Seen, conclude, follow, requested_end, since_boot
 from cloudrun.formats import canonical, timestamp
 from cloudrun.order import Order, deadline
@@ -40,18 +40,26 @@ class Client:
 class Lease:
     """What is known of one machine. `end_at`: its deadline, in seconds since this computer was booted.
 
-    `grace`: seconds in which it may end itself; None: it shall live on.
+    `grace`: seconds in which it may end itself; None: it shall live on. `none`: it was never to be had.
     """
 
     name: str
     end_at: float
     grace: float | None = 0.0
+    offer: Offer | None = None
     created: float | None = None
+    none: bool = False
     ended: Ended | None = None
 
 
 def execute(
-    client: Client, order: Order, offer: Offer, attempt: int = 1, *, mine: bool = True, detach: bool = False
+    client: Client,
+    order: Order,
+    offers: list[Offer],
+    attempt: int = 1,
+    *,
+    mine: bool = True,
+    detach: bool = False,
 ) -> Outcome | None:
     """Rent, follow and end machines until the run has an outcome; None if it goes on without us.
 
@@ -61,10 +69,10 @@ def execute(
     """
     ends: list[Ended] = []
     end_at = since_boot() + order.left()  # once: a clock that is changed later moves no deadline
-    while claim(client, order, attempt, offer):
+    while claim(client, order, attempt, offers[0]):
         machine = Lease(instance_name(order.run, attempt), end_at)
         try:
-            with lease(client, order, attempt, offer, machine):
+            with lease(client, order, attempt, offers, machine):
                 machine.grace = 0.0 if mine else None
                 seen = follow(client, order, attempt, mine=mine, show=mine and not detach, detach=detach)
                 machine.grace = seen.grace
@@ -79,13 +87,13 @@ def execute(
         if seen.how == "superseded":
             break
         outcome = conclude(client.bucket, order, seen)
-        another = another_offer(client, order, end_at) if outcome.reason == "preempted" else None
-        if not another:
+        others = other_offers(client, order, end_at) if outcome.reason == "preempted" else []
+        if not others:
             if settle(client, order, ends, outcome):
                 return outcome
             break
         client.report.say("the machine was taken away; going on with another one, from the last save")
-        attempt, offer = attempt + 1, another
+        attempt, offers = attempt + 1, others
     return see_through(client, order, mine=mine)
 
 
@@ -104,10 +112,10 @@ def see_through(client: Client, order: Order, *, mine: bool = False) -> Outcome:
         if last_attempt(client.bucket, order) > attempt:
             continue
         outcome = conclude(client.bucket, order, seen)
-        another = another_offer(client, order, since_boot() + order.left())
-        if outcome.reason == "preempted" and another:
+        others = other_offers(client, order, since_boot() + order.left())
+        if outcome.reason == "preempted" and others:
             client.signals.rearm()
-            continued = execute(client, order, another, attempt + 1, mine=mine)
+            continued = execute(client, order, others, attempt + 1, mine=mine)
             assert continued
             return continued
         if settle(client, order, [ended] if attempt else [], outcome):
@@ -116,7 +124,7 @@ def see_through(client: Client, order: Order, *, mine: bool = False) -> Outcome:
 
 
 @contextmanager
-def lease(client: Client, order: Order, attempt: int, offer: Offer, machine: Lease) -> Iterator[None]:
+def lease(client: Client, order: Order, attempt: int, offers: list[Offer], machine: Lease) -> Iterator[None]:
     """A machine for one attempt, seen ended when this is left, whatever happens inside.
 
     The shape matters: create is inside both `try`s, because a create call that raised may have started
@@ -125,7 +133,7 @@ def lease(client: Client, order: Order, attempt: int, offer: Offer, machine: Lea
     try:
         try:
             client.report.stage("create")
-            client.backend.create(machine.name, offer, boot_of(client.bucket, order, attempt, machine))
+            rent(client, order, attempt, offers, machine)
             machine.created = time.time()
             client.report.stage("created")
             yield
@@ -134,10 +142,27 @@ def lease(client: Client, order: Order, attempt: int, offer: Offer, machine: Lea
             client.report.stage("stop")
     finally:
         if machine.grace is not None:
-            patience = Patience(machine.grace, order.limits["stop"], doubtful=machine.created is None)
+            doubtful = machine.created is None and not machine.none
+            patience = Patience(machine.grace, order.limits["stop"], doubtful)
             ended = see_ended(client.backend, machine.name, patience, layer="lease")
-            machine.ended = ended._replace(started=ended.started or machine.created)
+            price = machine.offer.price if machine.offer and ended.price is None else ended.price
+            started = ended.ended if machine.none else ended.started or machine.created
+            machine.ended = ended._replace(started=started, price=price)
         client.signals.rearm()
+
+
+def rent(client: Client, order: Order, attempt: int, offers: list[Offer], machine: Lease) -> None:
+    """The first of these offers that can be had. Raises CloudrunError."""
+    for number, offer in enumerate(offers, 1):
+        try:
+            machine.offer = offer
+            client.backend.create(machine.name, offer, boot_of(client.bucket, order, attempt, machine))
+            return
+        except NoCapacity as error:
+            if number == len(offers):
+                machine.none = True
+                raise
+            client.report.say(f"{error}; trying {offers[number].what}")
 
 
 def settle(client: Client, order: Order, ends: list[Ended], outcome: Outcome) -> bool:
@@ -188,42 +213,53 @@ def boot_of(bucket: Bucket, order: Order, attempt: int, machine: Lease) -> Boot:
     return Boot(order.run, attempt, order.deadline, payload)
 
 
-def best_offer(backend: Backend, at_most: float | None = None) -> Offer:
-    """`at_most` (USD per hour): what a run may cost was said before it started. Raises CloudrunError."""
+def find_offers(backend: Backend, at_most: float | None = None) -> list[Offer]:
+    """At least one. `at_most` (USD per hour): what a run may cost was said before it started.
+
+    Raises CloudrunError.
+    """
     offers = backend.offers()
     if at_most is not None:
         offers = [offer for offer in offers if offer.price is not None and offer.price <= at_most]
     if not offers:
         raise CloudrunError(f"{backend.name} has no such machine now; try again later or ask for another one")
-    return offers[0]
+    return offers
 
 
-def another_offer(client: Client, order: Order, end_at: float) -> Offer | None:
-    """For a run whose machine was taken away; None if nobody wants it to go on, or it has not enough left."""
+def dearest(offers: list[Offer]) -> float | None:
+    """USD per hour of whichever of them it will be, at most; None if that is not known of one."""
+    prices = [offer.price for offer in offers]
+    return None if None in prices else max(price for price in prices if price is not None)
+
+
+def other_offers(client: Client, order: Order, end_at: float) -> list[Offer]:
+    """For a run whose machine was taken away; none if nobody wants it to go on, or it has not enough left."""
     try:
         if client.signals.received or requested_end(client.bucket, order.prefix)[0]:
-            return None
-        offer = best_offer(client.backend, order.price)
+            return []
+        offers = find_offers(client.backend, order.price)
     except CloudrunError:
-        return None
-    return offer if end_at - since_boot() > least_seconds(order.seconds, order.limits, offer) else None
+        return []
+    least = least_seconds(order.seconds, order.limits, offers)
+    return offers if end_at - since_boot() > least else []
 
 
-def least_seconds(seconds: float, limits: dict[str, float], offer: Offer) -> float:
+def least_seconds(seconds: float, limits: dict[str, float], offers: list[Offer]) -> float:
     """A machine with less time left than this could not do anything before it has to end."""
-    return min(limits["reserve_grace"] + limits["reserve_save"], 0.2 * seconds) + offer.boot_seconds
+    reserve = min(limits["reserve_grace"] + limits["reserve_save"], 0.2 * seconds)
+    return reserve + max(offer.boot_seconds for offer in offers)
 
 
-def check_limits(settings: Settings, offer: Offer) -> None:
+def check_limits(settings: Settings, offers: list[Offer]) -> None:
     """Raises UsageError for a run that would have to end before it began: nothing need be sent for it."""
     hours, late = settings.max_hours, settings.limits["provider"]
-    _, seconds, _ = deadline(hours, settings.max_cost, offer.price, 0.0, late)
-    _check(seconds, least_seconds(seconds, settings.limits, offer), UsageError)
+    _, seconds, _ = deadline(hours, settings.max_cost, dearest(offers), 0.0, late)
+    _check(seconds, least_seconds(seconds, settings.limits, offers), UsageError)
 
 
-def check_time(order: Order, offer: Offer) -> None:
+def check_time(order: Order, offers: list[Offer]) -> None:
     """Raises CloudrunError if sending has taken the time that the machine would need."""
-    _check(order.left(), least_seconds(order.seconds, order.limits, offer), CloudrunError)
+    _check(order.left(), least_seconds(order.seconds, order.limits, offers), CloudrunError)
 
 
 def _check(left: float, least: float, kind: type[CloudrunError]) -> None:

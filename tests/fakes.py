@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cloudrun.backends import Boot, Instance, Offer
-from cloudrun.errors import BucketError, CloudrunError
+from cloudrun.errors import BucketError, CloudrunError, NoCapacity
 from cloudrun.formats import canonical, frame, timestamp
 from cloudrun.report import Report
 from cloudrun.storage import MAX_OBJECT
@@ -21,7 +21,7 @@ class FakeBackend:
     """See cloudrun.backends.Backend. `calls` has what was asked of it, `machines` what there is.
 
     refuse_stop: stop raises, and the machine stays. fail_after_start: create raises, and the machine is
-    there. unreachable: so many calls of find and all raise.
+    there. unreachable: so many calls of find and all raise. sold_out: `where` there is none.
     """
 
     name = "fake"
@@ -36,6 +36,7 @@ class FakeBackend:
         self.words = ""
         self.refuse_stop = self.fail_after_start = False
         self.unreachable = 0
+        self.sold_out: set[str] = set()
         self.on_call: Callable[[str], None] = lambda what: None
 
     def offers(self) -> list[Offer]:
@@ -44,6 +45,8 @@ class FakeBackend:
 
     def create(self, name: str, offer: Offer, boot: Boot) -> None:
         self._called("create")
+        if offer.where in self.sold_out:
+            raise NoCapacity(f"none in {offer.where}")
         if name in self.machines:
             raise CloudrunError(f"there is a {name} already")
         self.boots.append(boot)

@@ -103,6 +103,15 @@ def test_a_machine_whose_create_call_did_not_come_back_may_appear_later(backend:
     assert ended.started == machine.started and backend.machines == {}
 
 
+def test_what_a_machine_leaves_is_freed_before_it_counts_as_ended(backend: FakeBackend) -> None:
+    """A stopped VM of which a disk is billed; it ended when it stopped, not when the disk was gone."""
+    ended_at = time.time() - 30
+    backend.machines[NAME] = backend.machines[NAME]._replace(alive=False, ended=ended_at, leftover=True)
+    ended = see_ended(backend, NAME, LONG, layer="lease")
+    assert ended.ended == ended_at and ended.layer == "guard"
+    assert backend.machines == {} and backend.calls[:3] == ["find", "stop", "find"]
+
+
 def test_a_doubtful_machine_that_never_appears_is_ended(backend: FakeBackend) -> None:
     backend.appears_within = 0.1
     before = time.monotonic()

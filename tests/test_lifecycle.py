@@ -18,7 +18,15 @@ from cloudrun import bill as billing
 from cloudrun import commands, launch, run
 from cloudrun.backends import Boot
 from cloudrun.config import Settings, from_env
-from cloudrun.errors import BucketError, BucketRefused, CloudrunError, Interrupted, StillRunning, UsageError
+from cloudrun.errors import (
+    BucketError,
+    BucketRefused,
+    CloudrunError,
+    Interrupted,
+    NoCapacity,
+    StillRunning,
+    UsageError,
+)
 from cloudrun.follow import since_boot
 from cloudrun.formats import canonical
 from cloudrun.order import Order
@@ -61,7 +69,7 @@ class World:
 
     def execute(self, order: Order, **more: Any) -> Any:
         with Signals() as signals:
-            return run.execute(self.client(signals), order, OFFER, **more)
+            return run.execute(self.client(signals), order, [OFFER], **more)
 
     def assert_ended(self) -> None:
         assert self.backend.alive() == []
@@ -289,7 +297,7 @@ def test_signals_at_every_bytecode(make: Callable[..., World], second: bool) -> 
             world.backend.on_call = stopping
             try:
                 with traced(codes, act):
-                    run.execute(client, order, OFFER)
+                    run.execute(client, order, [OFFER])
             except Interrupted:
                 pass
         assert world.backend.alive() == [], point
@@ -474,7 +482,7 @@ def test_a_machine_that_goes_without_a_receipt(
     with Signals() as signals:
         order = world.order()
         world.backend.offers = lambda: [OFFER._replace(boot_seconds=1e9)]  # longer than the run may last
-        outcome = run.execute(world.client(signals), order, OFFER)
+        outcome = run.execute(world.client(signals), order, [OFFER])
     assert outcome
     assert outcome.exit_code == code and words in outcome.words
     world.assert_ended()
@@ -490,10 +498,44 @@ def test_a_run_is_not_continued_on_a_dearer_machine(
     order = world.order()
     world.backend.offers = lambda: [OFFER._replace(price=price)]
     with Signals() as signals:
-        outcome = run.execute(world.client(signals), order, OFFER)
+        outcome = run.execute(world.client(signals), order, [OFFER])
     assert outcome and len(world.backend.boots) == machines
     assert outcome.exit_code == (0 if machines == 2 else 121)
     world.assert_closed()
+
+
+def test_an_offer_that_cannot_be_had_is_followed_by_the_next_one(make: Callable[..., World]) -> None:
+    world = make()
+    order = world.order()
+    world.backend.sold_out = {"a", "b"}
+    offers = [
+        OFFER._replace(where=where, price=price) for where, price in zip("abc", (1.0, 2.0, 3.0), strict=True)
+    ]
+    with Signals() as signals:
+        outcome = run.execute(world.client(signals), order, offers)
+    assert outcome and outcome.exit_code == 0 and world.backend.calls.count("create") == 3
+    bill = read_bill(world.bucket, order)
+    assert bill and bill["cost"] == pytest.approx(bill["seconds"] * 3 / 3600, abs=1e-6)
+    world.assert_ended()
+    world.assert_closed()
+
+
+def test_when_no_offer_can_be_had_the_run_has_failed_and_cost_nothing(make: Callable[..., World]) -> None:
+    world = make()
+    order = world.order()
+    world.backend.sold_out = {"a"}
+    with Signals() as signals, pytest.raises(NoCapacity):
+        run.execute(world.client(signals), order, [OFFER._replace(where="a")])
+    bill = read_bill(world.bucket, order)
+    assert bill and bill["reason"] == "failed" and bill["exit_code"] == 125
+    assert bill["seconds"] == bill["cost"] == 0
+    world.assert_closed()
+
+
+def test_the_most_that_a_run_can_cost_is_that_of_the_dearest_offer() -> None:
+    cheap, dear = OFFER._replace(price=1.0), OFFER._replace(price=2.0)
+    assert run.dearest([cheap, dear]) == 2.0
+    assert run.dearest([cheap, OFFER._replace(price=None)]) is None
 
 
 def test_a_machine_that_never_speaks_is_ended_when_its_boot_has_taken_too_long(

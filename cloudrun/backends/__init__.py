@@ -9,11 +9,15 @@ from cloudrun.errors import UsageError
 
 
 class Offer(NamedTuple):
-    """A concrete machine at a price: US dollars per hour, None if nobody knows."""
+    """A concrete machine at a price: US dollars per hour, None if nobody knows.
+
+    `where` is what its backend needs to rent it: a zone, say.
+    """
 
     what: str
     price: float | None
     boot_seconds: float
+    where: str = ""
 
 
 class Boot(NamedTuple):
@@ -28,8 +32,9 @@ class Boot(NamedTuple):
 class Instance(NamedTuple):
     """A machine as its provider describes it now.
 
-    `alive`: a guard or an agent can still end it. `ended`: the provider says that nothing of it is
-    billed any more; then `why` is the machine's own last word, if it had one.
+    `alive`: a guard or an agent can still end it. `ended`: since when the provider does not bill it
+    any more; then `why` is the machine's own last word, if it had one, and `leftover` says that
+    something of it is billed still that nobody keeps, a disk. `price`: US dollars per hour, if it says so.
     """
 
     name: str
@@ -40,6 +45,8 @@ class Instance(NamedTuple):
     alive: bool
     ended: float | None = None
     why: str = ""
+    leftover: bool = False
+    price: float | None = None
 
 
 class Backend(Protocol):
@@ -51,10 +58,14 @@ class Backend(Protocol):
     appears_within: float  # seconds from a create call to the moment when its machine can be found
 
     def offers(self) -> list[Offer]:
-        """What could be had now, best first."""
+        """What could be had now, best first; as many as make sense to try."""
 
     def create(self, name: str, offer: Offer, boot: Boot) -> None:
-        """Start a machine under this name. When it raises, a machine may still have been started."""
+        """Start a machine under this name.
+
+        Raises NoCapacity if this offer cannot be had and nothing was started. When it raises anything
+        else, a machine may have been started.
+        """
 
     def find(self, name: str) -> Instance | None:
         """The machine of this name, or None if the provider says that there is none."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from cloudrun.backends import Boot, Instance, Offer
 from cloudrun.config import data_directory, place
 from cloudrun.errors import CloudrunError
 from cloudrun.formats import timestamp
-from cloudrun.processes import below, parents, pids, send, stat_of
+from cloudrun.processes import below, parents, pids, remove_tree, send, stat_of
 
 PASSED_ON = (
     *("HOME", "PATH", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "VIRTUAL_ENV"),
@@ -106,7 +105,7 @@ class LocalBackend:
             for child in self._children:
                 child.poll()
             time.sleep(0.005)
-        shutil.rmtree(self._folder(name), ignore_errors=True)
+        remove_tree(self._folder(name))
 
     def console(self, name: str) -> str:
         with suppress(OSError), open(os.path.join(self._folder(name), "console"), errors="replace") as file:
@@ -126,7 +125,7 @@ class LocalBackend:
         with suppress(OSError):
             for entry in list(os.scandir(self._folder(""))):
                 if entry.path not in alive and time.time() - entry.stat().st_mtime > KEPT_SECONDS:
-                    shutil.rmtree(entry.path, ignore_errors=True)
+                    remove_tree(entry.path)
 
     def _marks(self) -> Iterator[tuple[int, dict[str, str]]]:
         """(pid, the CLOUDRUN_ variables) of every process that belongs to an instance of this user."""

@@ -389,6 +389,13 @@ def test_a_machine_that_cannot_start_main_py(machinery):
     machinery.meter.wait_gone(2)
 
 
+def test_a_program_that_makes_directories_without_end_ends_all_the_same(machinery):
+    machinery.main(WORK + "for _ in range(3000): os.mkdir('d'); os.chdir('d')")
+    assert machinery.run("main.py") == 0
+    assert machinery.ended(2)["layer"] in ("agent", "guard")
+    assert list((machinery.top / "share/cloudrun/instances").iterdir()) == []
+
+
 def test_nothing_of_a_machine_stays_on_the_disk(machinery):
     machinery.main(WORK)
     assert machinery.run("main.py") == 0

@@ -1,5 +1,14 @@
 """Fast tests first: what starts whole runs comes last."""
 
+import signal
+
+
+def pytest_configure(config):
+    """A shell starts jobs in the background with SIGINT ignored, and cloudrun leaves it so, as nohup wants."""
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "e2e" in item.path.parts)

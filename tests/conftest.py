@@ -4,7 +4,7 @@ import signal
 
 
 def pytest_configure(config):
-    """A shell starts jobs in the background with SIGINT ignored, and cloudrun leaves it so, as nohup wants."""
+    """A shell starts background jobs with SIGINT ignored, and cloudrun leaves it so, as nohup wants."""
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -26,7 +26,7 @@ LAYERS = (
     ("index",),
     ("backends.local",),
     ("backends",),
-    ("backends.gcp_shapes",),
+    ("backends.gcp_prices", "backends.gcp_shapes"),
     ("project", "config"),
     ("storage.folder", "limits"),
     ("storage",),

@@ -1,0 +1,1 @@
+"""Emulated services of Google Cloud, for tests. Nothing of this is shipped."""

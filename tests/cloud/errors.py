@@ -14,7 +14,13 @@ class ApiError(Exception):
         self, code: int, reason: str, message: str, *, domain: str = "global", details: tuple[Any, ...] = ()
     ) -> None:
         super().__init__(message)
-        self.code, self.reason, self.message, self.domain, self.details = code, reason, message, domain, details
+        self.code, self.reason, self.message, self.domain, self.details = (
+            code,
+            reason,
+            message,
+            domain,
+            details,
+        )
 
     def reply(self) -> Reply:
         if self.reason == "html":
@@ -97,7 +103,9 @@ def already_exists(resource: str) -> ApiError:
 
 
 def stale_fingerprint(what: str) -> ApiError:
-    return ApiError(412, "conditionNotMet", f"{what} fingerprint either invalid or resource {what} have changed")
+    return ApiError(
+        412, "conditionNotMet", f"{what} fingerprint either invalid or resource {what} have changed"
+    )
 
 
 def too_large(field: str, most: int) -> ApiError:

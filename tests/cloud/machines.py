@@ -63,11 +63,13 @@ class Machine:
     `how`: poweroff, reboot, cut (from outside) or crash. When it is called no process is left.
     """
 
-    def __init__(self, folder: Path, disk: Path, hardware: Hardware, ended: Callable[[Machine, str], Any]) -> None:
+    def __init__(
+        self, folder: Path, disk: Path, hardware: Hardware, ended: Callable[[Machine, str], Any]
+    ) -> None:
         self.folder, self.hardware, self._ended = folder, hardware, ended
         self.console = folder / "console"
         self.namespace = ""
-        self.pid = 0
+        self._pinned = -1  # keeps the namespace's number from being given to another one
         self.how = ""
         for name in ("hardware", "mounts"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -110,9 +112,9 @@ class Machine:
         for line in self._process.stdout:
             word, _, rest = line.decode().strip().partition(" ")
             if word == "pid":
-                self.pid = int(rest)
                 with suppress(OSError):
-                    self.namespace = os.readlink(f"/proc/{self.pid}/ns/pid")
+                    self._pinned = os.open(f"/proc/{rest}/ns/pid", os.O_RDONLY)
+                    self.namespace = os.readlink(f"/proc/self/fd/{self._pinned}")
                 self._booted.set()
             elif word == "end":
                 self.how = rest
@@ -177,6 +179,9 @@ class Machine:
         self._thread.join()
         assert self._process.stdout
         self._process.stdout.close()
+        if self._pinned >= 0:
+            os.close(self._pinned)
+            self._pinned, self.namespace = -1, ""
 
 
 @lru_cache(maxsize=1)

@@ -98,6 +98,7 @@ class Server(ThreadingHTTPServer):
             try:
                 connection, address = self.socket.accept()
             except OSError:
+                self.socket.close()
                 return
             self._open.add(connection)
             self.process_request(connection, address)
@@ -113,6 +114,11 @@ class Server(ThreadingHTTPServer):
 
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
+
+    def stop_listening(self) -> None:
+        """Without waiting: for whoever holds a lock that an answer may need."""
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """No connection survives: a client must not go on talking to what has ended."""

@@ -1,0 +1,153 @@
+"""OAuth: who a token belongs to and until when, and the servers that hand tokens out.
+
+Covers what google-auth really calls: the token URI of service account keys and of user credentials,
+`generateAccessToken` of the IAM credentials API, and token info.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+from typing import Any, NamedTuple
+
+from .clock import Clock
+from .server import Call, Reply, json_reply
+
+LIFETIME = 3599
+JWT = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+
+
+class Grant(NamedTuple):
+    """`instance`: the machine whose metadata server gave it out, if one did."""
+
+    principal: str
+    expires: float
+    instance: str = ""
+    scopes: tuple[str, ...] = ()
+
+
+class Tokens(dict[str, Grant]):
+    """{token: Grant} of all tokens ever given out."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self._clock = clock
+        self.lifetime: float = LIFETIME
+
+    def issue(
+        self,
+        principal: str,
+        *,
+        seconds: float | None = None,
+        instance: str = "",
+        scopes: tuple[str, ...] = (),
+    ) -> str:
+        token = f"ya29.{secrets.token_urlsafe(24)}"
+        expires = self._clock.now() + (self.lifetime if seconds is None else seconds)
+        self[token] = Grant(principal, expires, instance, scopes)
+        return token
+
+    def valid(self, token: str) -> Grant | None:
+        grant = self.get(token)
+        return grant if grant and grant.expires > self._clock.now() else None
+
+    def expire(self, principal: str = "") -> None:
+        """End the tokens of this principal, or all."""
+        for token, grant in self.items():
+            if principal in ("", grant.principal):
+                self[token] = grant._replace(expires=self._clock.now())
+
+    def left(self, token: str) -> int:
+        return int(self[token].expires - self._clock.now())
+
+
+class TokenServer:
+    """Answers of oauth2.googleapis.com and iamcredentials.googleapis.com. `dead`: refresh tokens it refuses."""
+
+    def __init__(self, tokens: Tokens, refresh: dict[str, str]) -> None:
+        self.tokens = tokens
+        self.refresh = refresh  # {refresh token: principal}
+        self.dead: set[str] = set()  # principals that are refused
+        self.calls: list[Call] = []
+
+    def answer(self, call: Call) -> Reply:
+        self.calls.append(call)
+        if call.path == "/token" and call.verb == "POST":
+            return self.exchange(form(call))
+        if call.path.endswith(":generateAccessToken"):
+            return self.impersonate(call)
+        if call.path in ("/tokeninfo", "/oauth2/v3/userinfo", "/userinfo"):
+            return self.info(call)
+        return Reply(404)
+
+    def exchange(self, fields: dict[str, str]) -> Reply:
+        kind = fields.get("grant_type")
+        if kind == "refresh_token":
+            principal = self.refresh.get(fields.get("refresh_token", ""), "")
+        elif kind == JWT:
+            principal = claims(fields.get("assertion", "")).get("iss", "")
+        else:
+            return refused("unsupported_grant_type", "Invalid grant_type")
+        if not principal or principal in self.dead:
+            return refused("invalid_grant", "Token has been expired or revoked.")
+        token = self.tokens.issue(principal, scopes=tuple(fields.get("scope", "").split()))
+        answer = {"access_token": token, "expires_in": self.tokens.left(token), "token_type": "Bearer"}
+        return json_reply(answer)
+
+    def impersonate(self, call: Call) -> Reply:
+        """POST /v1/projects/-/serviceAccounts/EMAIL:generateAccessToken"""
+        source = self.tokens.valid(bearer(call))
+        principal = call.segments[-1].rpartition(":")[0]
+        if source is None:
+            return json_reply({"error": {"code": 401, "message": "Invalid credentials"}}, 401)
+        if principal in self.dead:
+            message = (
+                "Permission 'iam.serviceAccounts.getAccessToken' denied on resource (or it may not exist)."
+            )
+            return json_reply(
+                {"error": {"code": 403, "message": message, "status": "PERMISSION_DENIED"}}, 403
+            )
+        wanted = json.loads(call.body or b"{}")
+        seconds = float(str(wanted.get("lifetime", "3600s")).rstrip("s"))
+        token = self.tokens.issue(principal, seconds=seconds, scopes=tuple(wanted.get("scope", ())))
+        return json_reply({"accessToken": token, "expireTime": utc(self.tokens[token].expires)})
+
+    def info(self, call: Call) -> Reply:
+        token = call.query.get("access_token") or bearer(call)
+        grant = self.tokens.valid(token)
+        if grant is None:
+            return refused("invalid_token", "Invalid Value")
+        left = str(self.tokens.left(token))
+        return json_reply({"email": grant.principal, "expires_in": left, "scope": " ".join(grant.scopes)})
+
+
+def bearer(call: Call) -> str:
+    kind, _, token = (call.headers.get("Authorization") or "").partition(" ")
+    return token.strip() if kind.lower() == "bearer" else ""
+
+
+def form(call: Call) -> dict[str, str]:
+    from urllib.parse import parse_qsl
+
+    return dict(parse_qsl(call.body.decode()))
+
+
+def claims(assertion: str) -> dict[str, Any]:
+    """What a signed JWT says; the signature is not looked at."""
+    try:
+        middle = assertion.split(".")[1]
+        found = json.loads(base64.urlsafe_b64decode(middle + "=" * (-len(middle) % 4)))
+    except (IndexError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def refused(error: str, why: str) -> Reply:
+    return json_reply({"error": error, "error_description": why}, 400)
+
+
+def utc(seconds: float) -> str:
+    from datetime import datetime, timezone
+
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

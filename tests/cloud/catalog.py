@@ -139,13 +139,14 @@ def _with_gpus() -> list[MachineType]:
             MachineType(f"a2-ultragpu-{n}g", 12 * n, 170 * 1024 * n, "nvidia-a100-80gb", n, n),
             MachineType(f"a3-highgpu-{n}g", 26 * n, 234 * 1024 * n, "nvidia-h100-80gb", n, 2 * n),
         ]
-    return found + [
+    found += [
         MachineType("a2-megagpu-16g", 96, 1360 * 1024, "nvidia-tesla-a100", 16),
         MachineType("a3-megagpu-8g", 208, 1872 * 1024, "nvidia-h100-mega-80gb", 8, 16),
         MachineType("a3-edgegpu-8g", 208, 1872 * 1024, "nvidia-h100-80gb", 8, 16),
         MachineType("a3-ultragpu-8g", 224, 2952 * 1024, "nvidia-h200-141gb", 8, 32),
         MachineType("a4-highgpu-8g", 224, 3968 * 1024, "nvidia-b200", 8, 32),
     ]
+    return found
 
 
 TYPES = {each.name: each for each in (*_plain(), *_with_gpus())}

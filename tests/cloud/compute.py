@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,11 @@ class Request:
     path: dict[str, str]
     query: dict[str, str]
     body: Any
-    token: str = ""
+    token: str
+    problems: list[str]  # where it differs from the discovery document
+    headers: dict[str, str]
     user: str = ""
     status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def permission(self) -> str:
@@ -133,7 +134,7 @@ class Cloud:
         }
 
     def write_credentials(self, path: Path) -> Path:
-        """Application default credentials of the user, as `gcloud auth application-default login` writes them."""
+        """The user's credentials, as `gcloud auth application-default login` writes them."""
         known = {
             "client_id": "id",
             "client_secret": "secret",
@@ -212,19 +213,26 @@ class Cloud:
         token, headers = bearer(call), dict(call.headers.items())
         address = f"{call.path}?{sorted((k, v) for k, v in call.query.items() if k != 'requestId')}"
         request = Request(
-            self.clock.now(), call.verb, address, method.name, path, call.query, body, token, headers=headers
+            self.clock.now(),
+            call.verb,
+            address,
+            method.name,
+            path,
+            call.query,
+            body,
+            token,
+            problems,
+            headers,
         )
         with self.clock.changed:
             self.violations += problems
             self.requests.append(request)
-        if problems:
-            request.query = {**call.query, "problems": "; ".join(problems)}
         return request
 
     def _perform(self, method: discovery.Method, request: Request) -> Reply:
         try:
-            if problems := request.query.pop("problems", ""):
-                raise ApiError(400, "badRequest", f"Invalid JSON payload received. {problems}")
+            if request.problems:
+                raise errors.bad_request(f"Invalid JSON payload received. {'; '.join(request.problems)}")
             with self.clock.changed:
                 self._admit(request)
                 shown = self._handler(method.name)(request)

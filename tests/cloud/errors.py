@@ -59,8 +59,8 @@ def unauthorized() -> ApiError:
     return ApiError(
         401,
         "authError",
-        "Request had invalid authentication credentials. Expected OAuth 2 access token, login cookie or other "
-        "valid authentication credential.",
+        "Request had invalid authentication credentials. Expected OAuth 2 access token, login cookie or "
+        "other valid authentication credential.",
     )
 
 
@@ -138,8 +138,8 @@ def stock_out(zone: str, machine_type: str, attachment: str, elsewhere: tuple[st
     message = {"locale": "en-US", "message": f"{vm} is currently unavailable in the {zone} zone."}
     entry = {
         "code": "ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS",
-        "message": f"The zone 'projects/p/zones/{zone}' does not have enough resources available to fulfill the "
-        "request.  '(resource type:compute)'.",
+        "message": f"The zone 'projects/p/zones/{zone}' does not have enough resources available to fulfill "
+        "the request.  '(resource type:compute)'.",
         "errorDetails": [{"errorInfo": info}, {"localizedMessage": message}],
     }
     return 503, "SERVICE UNAVAILABLE", entry

@@ -95,8 +95,8 @@ class Machine:
         }
         try:
             with (self.folder / "errors").open("ab") as errors:
-                return subprocess.Popen(
-                    [sys.executable, "-I", "-S", str(BOOT), json.dumps(config)],
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", str(BOOT)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,
@@ -106,6 +106,11 @@ class Machine:
                 )
         finally:
             os.close(console)
+        assert process.stdin
+        with suppress(BrokenPipeError):  # it could not even start, and `errors` says why
+            process.stdin.write(json.dumps(config).encode() + b"\n")
+            process.stdin.flush()
+        return process
 
     def _follow(self) -> None:
         assert self._process.stdout

@@ -102,7 +102,7 @@ class Operations:
         return [each.kind for each in self._all.values() if each.target.endswith(target)]
 
     def replay(self, what: str, request_id: str) -> Operation | None:
-        """The operation that this request already led to: the same id means the same request (gcp.md §2.3)."""
+        """The operation that this request already led to: the same id means the same request."""
         return self._by_request.get((what, request_id))
 
     def remember(self, what: str, request_id: str, operation: Operation) -> None:

@@ -63,7 +63,7 @@ class Tokens(dict[str, Grant]):
 
 
 class TokenServer:
-    """Answers of oauth2.googleapis.com and iamcredentials.googleapis.com. `dead`: refresh tokens it refuses."""
+    """Answers as oauth2.googleapis.com and iamcredentials.googleapis.com do."""
 
     def __init__(self, tokens: Tokens, refresh: dict[str, str]) -> None:
         self.tokens = tokens

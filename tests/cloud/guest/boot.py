@@ -1,8 +1,9 @@
 """Boots one emulated machine: makes its namespaces, tells whoever started it how it ended.
 
-A program of its own (`python -I -S boot.py CONFIG`). It stays outside of the machine; its child becomes
-pid 1 inside. Its input is the machine's power button: `off` (ACPI), `cut` (no power); end of input cuts
-too, so that no machine outlives the emulator. It prints `pid N`, then `end HOW`.
+A program of its own (`python -I -S boot.py`). It stays outside of the machine; its child becomes pid 1
+inside. The first line of its input is the configuration; then the input is the machine's power button:
+`off` (ACPI), `cut` (no power). End of input cuts too, so that no machine outlives the emulator. It prints
+`pid N`, then `end HOW`.
 """
 
 import ctypes
@@ -72,7 +73,7 @@ def listen(pid):
 
 
 def main():
-    config = json.loads(sys.argv[1])
+    config = json.loads(b"".join(iter(lambda: os.read(0, 1), b"\n")))  # not a byte of what follows
     separate(config)
     # Pid 1 loses a signal that it has no handler for yet, unless it is blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, init.ASKED)

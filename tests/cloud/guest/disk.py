@@ -33,7 +33,7 @@ def mount_all(config):
         os.mkdir(path)
     install(hardware, config)
     tops = lay_out(skeleton)
-    overlay([skeleton], os.path.join(config["disk"], "root"), root)
+    overlay([skeleton], os.path.join(config["disk"], "@"), root)
     for name in tops:
         lower = [os.path.join(hardware, name)] if os.path.isdir(os.path.join(hardware, name)) else []
         try:

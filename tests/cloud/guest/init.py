@@ -33,7 +33,7 @@ class Machine:
         os.write(self.console, f"[{time.clock_gettime(time.CLOCK_BOOTTIME):12.6f}] {text}\r\n".encode())
 
     def ask(self, how):
-        """An orderly end, the first one asked for: shutdown script, SIGTERM for all, SIGKILL for who stays."""
+        """An orderly end: shutdown script, SIGTERM for all, SIGKILL for who stays. The first wish counts."""
         if self.end:
             return
         self.end = how

@@ -72,7 +72,8 @@ class Runner:
             return f"failed with error: fork/exec {path}: {error.strerror.lower()}".encode()
         for line in script.stdout:  # until the last process that holds it has ended
             self.say(b"%s-script: %s" % (self.kind.encode(), line.rstrip(b"\r\n")))
-        return b"exit status %d" % script.wait()
+        status = script.wait()
+        return f"exit status {status}".encode() if status >= 0 else f"signal: {-status}".encode()
 
     def fetch(self):
         """The script's bytes, or none; a boot tries for long, a shutdown does not."""

@@ -1,9 +1,11 @@
 """The real google-cloud-compute client, pointed at an emulated cloud."""
 
 import importlib.util
+import json
 import uuid
 
 import pytest
+from cloud.compute import REFRESH
 
 ZONE = "us-central1-a"
 IMAGE = "projects/deeplearning-platform-release/global/images/family/common-cu129-ubuntu-2204-nvidia-580"
@@ -27,6 +29,32 @@ def missing():
 def need_client():
     if reason := missing():
         pytest.skip(reason)
+
+
+def user_credentials(cloud):
+    """Of a person. A file of such credentials cannot name its token server: google-auth ignores that."""
+    from google.oauth2.credentials import Credentials
+
+    return Credentials(
+        None,
+        refresh_token=REFRESH,
+        token_uri=f"{cloud.token_url}/token",
+        client_id="id",
+        client_secret="secret",
+        scopes=[SCOPE],
+    )
+
+
+def key_file(cloud, path, email):
+    """The key of a service account, for GOOGLE_APPLICATION_CREDENTIALS."""
+    rsa = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.rsa", reason="needs cryptography")
+    from cryptography.hazmat.primitives import serialization as form
+
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    text = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()).decode()
+    known = {"type": "service_account", "project_id": cloud.project.name, "client_email": email}
+    path.write_text(json.dumps({**known, "token_uri": f"{cloud.token_url}/token", "private_key": text}))
+    return path
 
 
 class Gce:

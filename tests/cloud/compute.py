@@ -26,7 +26,7 @@ from .tokens import Tokens, TokenServer, bearer
 
 PREFIX = "/compute/v1/"
 SELF = "https://www.googleapis.com/compute/v1/projects/"  # how resources name themselves
-REFRESH = "1//refresh-token-of-the-user"
+REFRESH = "1//refresh-token-of-the-user"  # what the user once got by logging in
 
 # Permissions are named after the methods, but for these.
 PERMISSIONS = {"insert": "create", "aggregatedList": "list", "wait": "get", "getFromFamily": "get"}
@@ -132,17 +132,6 @@ class Cloud:
             "GCLOUD_PROJECT": self.project.name,
             "NO_GCE_CHECK": "true",
         }
-
-    def write_credentials(self, path: Path) -> Path:
-        """The user's credentials, as `gcloud auth application-default login` writes them."""
-        known = {
-            "client_id": "id",
-            "client_secret": "secret",
-            "refresh_token": REFRESH,
-            "type": "authorized_user",
-        }
-        path.write_text(json.dumps({**known, "token_uri": f"{self.token_url}/token"}))
-        return path
 
     # --- what tests do to it
 

@@ -70,7 +70,7 @@ class Cloud:
         self.clock = Clock()
         self.faults = Faults()
         self.tokens = Tokens(self.clock)
-        self._machines: list[Machine] = []
+        self.all_machines: list[Machine] = []
         self.project = Project(
             project,
             SELF + project,
@@ -81,7 +81,7 @@ class Cloud:
             self.faults,
             machines,
         )
-        self.project.started = self._machines.append
+        self.project.started = self.all_machines.append
         self.meter, self.quotas = self.project.meter, self.project.quotas
         self.operations = self.project.operations
         self.requests: list[Request] = []
@@ -103,7 +103,7 @@ class Cloud:
         self.clock.close()
         for server in (self._compute, self._oauth):
             server.close()
-        for machine in self._machines:
+        for machine in self.all_machines:
             machine.close()
         for instance in list(self.project.instances.values()):
             instance.server.close()

@@ -73,7 +73,8 @@ class Machine:
         self.how = ""
         for name in ("hardware", "mounts"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        self.set_gpu("ok")
+        if not (folder / "hardware" / "gpu").exists():  # a reboot repairs no card
+            self.set_gpu("ok")
         self._booted = threading.Event()
         self._process = self._start(disk)
         self._thread = threading.Thread(target=self._follow, name=f"machine-{hardware.hostname}", daemon=True)

@@ -376,7 +376,7 @@ def test_quotas_are_counted_over_what_runs(cloud, gce):
     gce.run("one")
     done = gce.wait(gce.insert("two"))
     assert error_of(done) == (403, "QUOTA_EXCEEDED")
-    assert "'NVIDIA_L4_GPUS' exceeded.  Limit: 1 in region us-central1" in done.error.errors[0].message
+    assert "'NVIDIA_L4_GPUS' exceeded.  Limit: 1.0 in region us-central1" in done.error.errors[0].message
     gce.run("spot", scheduling=gce.scheduling(model="SPOT"))  # has a quota of its own
     shown = {each.metric: each for each in gce.call(gce.client("Regions").get, region="us-central1").quotas}
     assert (shown["NVIDIA_L4_GPUS"].usage, shown["NVIDIA_L4_GPUS"].limit) == (1, 1)
@@ -387,7 +387,7 @@ def test_quotas_are_counted_over_what_runs(cloud, gce):
 def test_a_new_project_has_no_gpus_anywhere(cloud, gce):
     cloud.quotas.limits = {"GPUS_ALL_REGIONS": 0}
     done = gce.wait(gce.insert("toy"))
-    assert "'GPUS_ALL_REGIONS' exceeded.  Limit: 0 globally." in done.error.errors[0].message
+    assert "'GPUS_ALL_REGIONS' exceeded.  Limit: 0.0 globally." in done.error.errors[0].message
     assert done.error.errors[0].error_details[0].quota_info.limit_name == "GPUS_ALL_REGIONS"
     project = gce.call(gce.client("Projects").get)
     assert [(each.metric, each.limit) for each in project.quotas] == [("GPUS_ALL_REGIONS", 0)]

@@ -50,8 +50,6 @@ def cloud(folder):
         yield cloud
         cloud.meter.check()
         assert cloud.violations == []
-        spaces = [machine.namespace for machine in cloud.all_machines]
-    assert not any(processes_of(space) for space in spaces)
 
 
 @pytest.fixture
@@ -460,6 +458,15 @@ def test_a_machine_can_lose_its_network(cloud, gce):
     assert ask(cloud, "toy", "instance/name") == "toy"
 
 
+def test_a_machine_without_any_network_never_starts_its_script(cloud, gce):
+    cloud.faults.isolated.add("toy")
+    gce.run("toy", WAIT)
+    until_said(cloud, "toy", "Starting startup scripts")
+    cloud.clock.advance(3601)
+    cloud.wait("toy", "TERMINATED")
+    assert "startup-script: up" not in cloud.console("toy")
+
+
 # --- nothing stays behind
 
 OWNER = """
@@ -477,15 +484,16 @@ cloud.wait("toy", "GONE", seconds=600)
 
 
 def test_killing_the_emulator_leaves_no_process_and_no_mount(folder):
-    before = Path("/proc/self/mountinfo").read_text()
     program = OWNER.format(tests=str(TOP / "tests"))
     owner = subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE, text=True)
     with owner:
         space = owner.stdout.readline().strip()
-        wait_until(lambda: len(processes_of(space)) >= 4, 20)
-        owner.send_signal(signal.SIGKILL)
-    wait_until(lambda: not processes_of(space), 10)
-    assert str(folder) not in Path("/proc/self/mountinfo").read_text() and before
+        inside = wait_until(lambda: len(found := processes_of(space)) >= 4 and found, 20)
+        # As long as this is open no other machine gets a namespace of the same number.
+        with open(f"/proc/{min(inside)}/ns/pid"):
+            owner.send_signal(signal.SIGKILL)
+            wait_until(lambda: not processes_of(space), 10)
+    assert str(folder) not in Path("/proc/self/mountinfo").read_text()
 
 
 def test_it_starts_by_hand(folder):

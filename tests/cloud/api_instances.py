@@ -14,7 +14,7 @@ from .operations import Operation
 from .project import Disk, Project
 from .view import label_fingerprint, metadata_fingerprint, view
 
-SERIAL_MOST = 1 << 20  # the console's buffer (gcp.md §5)
+SERIAL_MOST = 1 << 20  # the console's buffer (discovery)
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")
 
 
@@ -46,7 +46,7 @@ class InstanceMethods:
         return {**shown, "items": items, **({"nextPageToken": following} if following else {})}
 
     def instances_getSerialPortOutput(self, request: Any) -> Any:
-        """Only while it runs: the buffer is the machine's own (D:viewing-serial-port-output)."""
+        """Only while it runs (D:troubleshooting/viewing-serial-port-output)."""
         instance = self.find(request)
         if instance.status == "TERMINATED":
             raise errors.not_ready(instance.resource)
@@ -209,7 +209,7 @@ class InstanceMethods:
         return self._operation(request).view()
 
     def zoneOperations_wait(self, request: Any) -> Any:
-        """Blocks for a while, and may return before the end (gcp.md §2.3)."""
+        """Blocks for a while, and may return before the end (discovery)."""
         operation = self._operation(request)
         self.project.clock.wait_for(lambda: operation.done, self.project.timing.wait)
         return operation.view()
@@ -256,7 +256,7 @@ class InstanceMethods:
         return operation
 
     def once(self, request: Any, act: Callable[[], Operation]) -> Any:
-        """A request id that was seen before gets the operation it got then (gcp.md §2.3)."""
+        """A request id that was seen before gets the operation it got then (discovery)."""
         request_id, operations = request.query.get("requestId", ""), self.project.operations
         if request_id and (not UUID.match(request_id) or not request_id.strip("0-")):
             raise errors.invalid("requestId", request_id, "Must be a non-zero UUID.")

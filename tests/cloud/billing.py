@@ -1,4 +1,4 @@
-"""The billing meter: what is paid for, by the provider's rules (gcp.md §2.1), whatever the API shows.
+"""The billing meter: what is paid for, whatever the API shows (D:instances/instance-lifecycle).
 
 It is told when a machine starts and stops to cost money, and looks for itself whether the processes of a
 machine that should have stopped are gone.

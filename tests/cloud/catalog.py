@@ -1,7 +1,7 @@
 """What the emulated Compute Engine rents: zones, machine types, GPUs, disk types, images.
 
-Shapes, rules and the GPUs of us-central1 are those of gcp.md §1.1, §1.2 and §1.4; which other zone holds
-which GPU is made up, so that regions differ.
+Sources: D:gpus, D:disks/local-ssd, D:disks/hyperdisks, and the images page of the Deep Learning VM. Which
+zone outside of us-central1 holds which GPU is made up, so that regions differ.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class MachineType(NamedTuple):
 
     @property
     def spot_only(self) -> bool:
-        """Not on demand: SPOT, FLEX_START or a reservation (gcp.md §1.1)."""
+        """Not on demand: SPOT, FLEX_START or a reservation (D:gpus)."""
         return self.name in (
             *("a3-highgpu-1g", "a3-highgpu-2g", "a3-highgpu-4g"),
             *("a3-ultragpu-8g", "a4-highgpu-8g"),

@@ -1,4 +1,8 @@
-"""What instances.insert, setScheduling and stop refuse at once, and with which words (gcp.md §1, §3.1)."""
+"""What instances.insert, setScheduling and stop refuse at once, and with which words.
+
+Sources: discovery (the descriptions of the fields), D:gpus, D:instances/limit-vm-runtime, D:instances/spot.
+The words are those that public issues quote, where there are some; the others are assumed.
+"""
 
 from __future__ import annotations
 
@@ -190,7 +194,7 @@ def find_image(url: str, project: str) -> Image:
     return found
 
 
-# --- scheduling (gcp.md §1.3)
+# --- scheduling
 
 
 def check_scheduling(wanted: dict[str, Any], kind: MachineType, gpus: int, shortest: float) -> None:

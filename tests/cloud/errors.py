@@ -127,7 +127,7 @@ Failure = tuple[int, str, dict[str, Any]]
 
 
 def stock_out(zone: str, machine_type: str, attachment: str, elsewhere: tuple[str, ...] = ()) -> Failure:
-    """D:troubleshooting-resource-availability."""
+    """D:troubleshooting/troubleshooting-resource-availability."""
     vm = f"A {machine_type} VM instance" + (f" with {attachment}" if attachment else "")
     metadatas = {"vmType": machine_type, "attachment": attachment, "zone": zone}
     info = {

@@ -50,11 +50,15 @@ class Answer:
 
 @dataclass
 class Slow:
-    """Done at once, answered so many seconds later."""
+    """Done at once and answered so many seconds later; with `late`, done only then."""
 
     seconds: float
+    late: bool = False
 
     def around(self, faults: Faults, request: Any, perform: Callable[[], Reply]) -> Reply:
+        if self.late:
+            faults.closed.wait(self.seconds)
+            return perform()
         reply = perform()
         faults.closed.wait(self.seconds)
         return reply
@@ -110,10 +114,12 @@ class Faults:
     appear_after: dict[str, float] = field(default_factory=dict)
     stuck: set[str] = field(default_factory=set)  # instances that stay STOPPING, and are billed
     offline: set[str] = field(default_factory=set)  # instances whose every connection breaks
+    isolated: set[str] = field(default_factory=set)  # instances that boot without any network
     denied: set[tuple[str, str]] = field(default_factory=set)  # (principal or *, permission)
     anonymous: bool = True  # requests without a token are let in
     last: dict[str, Reply] = field(default_factory=dict)
     closed: threading.Event = field(default_factory=threading.Event)
+    _counting: threading.Lock = field(default_factory=threading.Lock)
 
     def on(
         self,
@@ -133,11 +139,12 @@ class Faults:
         """Everything works again."""
         self.rules.clear()
         self.appear_after.clear()
-        for each in (self.stuck, self.offline, self.denied):
+        for each in (self.stuck, self.offline, self.isolated, self.denied):
             each.clear()
 
     def answer(self, request: Any, perform: Callable[[], Reply]) -> Reply:
-        rule = next((rule for rule in self.rules if rule.takes(request)), None)
+        with self._counting:
+            rule = next((rule for rule in self.rules if rule.takes(request)), None)
         reply = rule.effect.around(self, request, perform) if rule else perform()
         if reply.status == 200 and not rule:
             self.last[request.address] = reply

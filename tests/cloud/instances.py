@@ -1,4 +1,7 @@
-"""The life of an instance: states, limits, preemption, and the machine behind it (gcp.md §1.3, §2.1, §4)."""
+"""The life of an instance: states, limits, preemption, and the machine behind it.
+
+Sources: D:instances/instance-lifecycle, D:instances/limit-vm-runtime, D:instances/spot.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +149,8 @@ class Instance:
         elif "terminationTime" in wanted:
             self.limit = seconds_of(wanted["terminationTime"])
         if self.limit is not None:
-            self._later(self.limit - self.project.clock.now(), self._reach_limit)
+            late = self.project.timing.limit_late
+            self._later(self.limit + late - self.project.clock.now(), self._reach_limit)
 
     def _boot(self) -> None:
         project = self.project
@@ -159,6 +163,7 @@ class Instance:
             Gpu(gpu.card, gpu.memory, self.plan.gpus) if gpu else None,
             {"GCE_METADATA_HOST": host, "GCE_METADATA_IP": host, **project.guest_environ},
             project.timing.guest_stop,
+            network=self.name not in project.faults.isolated,
         )
         self.machine = Machine(self._folder, self.disk.folder, hardware, self._machine_ended)
         project.started(self.machine)
@@ -269,7 +274,7 @@ class Instance:
             self._shut_down(operation, delete=action == "DELETE")
 
     def preempt(self) -> None:
-        """Metadata first, then the power button, then STOP or DELETE (gcp.md §4)."""
+        """Metadata first, then the power button, then STOP or DELETE (D:instances/spot)."""
         self.preempted = True
         notice = int(self.scheduling.get("preemptionNoticeDuration", {}).get("seconds", 0))
         delete = self.scheduling.get("instanceTerminationAction") == "DELETE"

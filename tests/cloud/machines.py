@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 BOOT = Path(__file__).resolve().parent / "guest" / "boot.py"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-CONSOLE = 1 << 20  # the provider keeps the last MiB (gcp.md §5)
+CONSOLE = 1 << 20  # the provider keeps the last MiB (discovery, getSerialPortOutput)
 
 
 class Gpu(NamedTuple):
@@ -30,7 +30,7 @@ class Gpu(NamedTuple):
 
     name: str
     memory: int
-    count: int
+    cards: int
 
 
 class Hardware(NamedTuple):
@@ -169,7 +169,7 @@ class Machine:
         """How nvidia-smi answers from now on: ok, hang, fail or lost."""
         if gpu := self.hardware.gpu:
             uuid = "GPU-5c9fd1ab-7e4b-4a3e-9d6e-00000000000"
-            text = f"name='{gpu.name}' memory={gpu.memory} count={gpu.count} driver=580.95.05\n"
+            text = f"name='{gpu.name}' memory={gpu.memory} count={gpu.cards} driver=580.95.05\n"
             new = self.folder / "hardware" / "gpu.new"
             new.write_text(f"{text}uuid={uuid} mode={mode}\n")
             new.replace(self.folder / "hardware" / "gpu")

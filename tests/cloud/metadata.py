@@ -1,4 +1,4 @@
-"""The metadata server of one instance (gcp.md §4, §5). Which instance asks is told by the port."""
+"""The metadata server of one instance (D:metadata/overview). Which instance asks is told by the port."""
 
 from __future__ import annotations
 

@@ -30,16 +30,17 @@ class Timing:
     deleting: float = 0.05
     changing: float = 0.02  # setLabels, setMetadata
     repairing: float = 0.2
-    guest_standard: float = 4.0  # the guest's time after the power button (gcp.md §2.1, §4)
+    guest_standard: float = 4.0  # the guest's time after the power button (D:instances/spot)
     guest_spot: float = 2.0
     guest_stop: float = 3.0  # the guest's own patience when it shuts itself down
     maintenance_notice: float = 0.5
     wait: float = 2.0  # how long operations.wait blocks
+    limit_late: float = 0.0  # after terminationTimestamp; up to 30 s (D:instances/limit-vm-runtime)
     shortest_run: float = 30.0  # least maxRunDuration; lower it for tests of short runs
 
     @classmethod
     def real(cls) -> Timing:
-        return cls(5.0, 5.0, 20.0, 5.0, 10.0, 1.0, 60.0, 120.0, 30.0, 90.0, 3600.0, 120.0, 30.0)
+        return cls(5.0, 5.0, 20.0, 5.0, 10.0, 1.0, 60.0, 120.0, 30.0, 90.0, 3600.0, 120.0, 30.0, 30.0)
 
 
 @dataclass

@@ -1,4 +1,8 @@
-"""Quotas per region and over all of them, and zones that have nothing left (gcp.md §3.2)."""
+"""Quotas per region and over all of them, and zones that have nothing left.
+
+Sources: D:troubleshooting/troubleshooting-resource-availability; that both are errors of the operation and
+not of the call, and the texts: public issues of tools that met them.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +51,7 @@ class Quotas:
         self._out.clear()
 
     def limit(self, metric: str, region: str = "") -> float:
-        return self.limits.get((region, metric), self.limits.get(metric, DEFAULT))
+        return float(self.limits.get((region, metric), self.limits.get(metric, DEFAULT)))
 
     def problem(self, instance: Instance, others: Iterable[Instance]) -> errors.Failure | None:
         """Why this one cannot run now, beside the others that do."""

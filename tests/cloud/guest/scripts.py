@@ -1,8 +1,8 @@
 """Runs the startup and the shutdown script of an emulated machine, as Google's guest agent does.
 
 As root, in `/`, without HOME, at every boot; each line of output goes to the serial console behind the
-name of this program (gcp.md §5, §10). Only this program's child is the script: nobody signals its orphans
-before the machine ends (KillMode=process).
+name of this program (D:instances/startup-scripts/linux). Its unit is of KillMode=process: nobody signals
+the script's orphans before the machine ends.
 """
 
 import contextlib

@@ -289,7 +289,7 @@ def test_the_limit_ends_the_processes_too(cloud, gce, action, end):
 @pytest.mark.parametrize(("action", "end"), [("STOP", "TERMINATED"), ("DELETE", "GONE")])
 def test_a_preemption_is_seen_inside_before_it_happens(cloud, gce, action, end):
     script = bash(
-        "trap 'echo asked to end' TERM",
+        "trap 'echo asked to end; wait; exit' TERM",
         "url=http://$GCE_METADATA_HOST/computeMetadata/v1/instance/preempted",
         "python3 - $url <<'END' &",
         "import signal, sys, urllib.request",
@@ -301,7 +301,7 @@ def test_a_preemption_is_seen_inside_before_it_happens(cloud, gce, action, end):
         "later = ask(f\"{sys.argv[1]}?wait_for_change=true&last_etag={now.headers['ETag']}\")",
         "print('then', later.read().decode(), flush=True)",
         "END",
-        "wait; wait",
+        "while :; do sleep 0.02; done",
     )
     gce.run("toy", script, scheduling=gce.scheduling(model="SPOT", action=action))
     until_said(cloud, "toy", "now FALSE")

@@ -3,6 +3,7 @@
 import json
 import os
 import pwd
+import shlex
 import shutil
 import signal
 import subprocess
@@ -78,6 +79,7 @@ def test_the_startup_script_runs_as_on_the_real_thing(cloud, gce):
     )
     gce.run("toy", script)
     until_said(cloud, "toy", "direct")
+    until_said(cloud, "toy", "oops")
     console = cloud.console("toy")
     assert "startup-script: user 0 home none in / pid1" in console and "host toy" in console
     assert all(f"startup-script: {word}\n" in console for word in ("True", "oops"))
@@ -238,6 +240,27 @@ def test_a_stop_asks_all_processes_first(cloud, gce):
     gce.stop("toy")
     console = cloud.console("toy")
     assert console.index("asked") < console.index("bye") < console.index("Power down")
+
+
+def test_a_service_hears_of_the_end_alone_if_it_wants_to(cloud, gce):
+    """KillMode=mixed of systemd.kill(5): the main process is asked, its children are not."""
+    forever = "while :; do sleep 0.02; done"
+    child = f"(trap 'echo child asked' TERM; {forever}) &"
+    main = f"{child} trap 'echo main asked; sleep 0.1; exit' TERM; echo NAME=$NAME HOME=$HOME; {forever}"
+    other = f"trap 'echo other asked; exit' TERM; {forever}"
+    script = bash(
+        f"systemd-run --unit=guard -p KillMode=mixed --setenv='NAME=a b' bash -c {shlex.quote(main)}",
+        "systemd-run --unit=guard true || echo refused",
+        f"systemd-run --unit=other bash -c {shlex.quote(other)}",
+        "echo the script ends",
+    )
+    gce.run("toy", script)
+    until_said(cloud, "toy", "Finished running startup scripts")
+    until_said(cloud, "toy", "NAME=a b HOME=\n")
+    gce.stop("toy")
+    console = cloud.console("toy")
+    assert "startup-script: refused" in console and "toy guard[" in console
+    assert "main asked" in console and "other asked" in console and "child asked" not in console
 
 
 def test_the_shutdown_script_runs_first(cloud, gce):
@@ -494,6 +517,17 @@ def test_killing_the_emulator_leaves_no_process_and_no_mount(folder):
             owner.send_signal(signal.SIGKILL)
             wait_until(lambda: not processes_of(space), 10)
     assert str(folder) not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_a_machine_does_not_outlive_what_started_it(cloud, gce):
+    gce.run("toy", WAIT)
+    until_said(cloud, "toy", "startup-script: up")
+    machine = cloud.machine("toy")
+    inside = machine.processes()
+    parents = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in inside}
+    (starter,) = parents - inside
+    os.kill(starter, signal.SIGKILL)
+    wait_until(lambda: not machine.processes() and not machine.alive, 10)
 
 
 def test_it_starts_by_hand(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -122,7 +123,9 @@ class Project:
 
 
 def erase(folder: Path) -> None:
-    """An overlay leaves a directory that nobody may read, not even its owner."""
-    for path in folder.glob("*/work/work"):
-        path.chmod(0o700)
+    """An overlay leaves directories that nobody may read, not even their owner."""
+    for top, names, _ in os.walk(folder):
+        for path in (os.path.join(top, name) for name in names):
+            if not os.path.islink(path):
+                os.chmod(path, 0o700)
     shutil.rmtree(folder, ignore_errors=True)

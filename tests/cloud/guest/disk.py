@@ -95,8 +95,9 @@ def install(hardware, config):
     for name in POWER:
         shutil.copyfile(os.path.join(tools, "power.sh"), os.path.join(sbin, name))
         os.chmod(os.path.join(sbin, name), 0o755)
-    shutil.copyfile(os.path.join(tools, "power.sh"), os.path.join(usr_bin, "systemctl"))
-    os.chmod(os.path.join(usr_bin, "systemctl"), 0o755)
+    for name, tool in (("systemctl", "power.sh"), ("systemd-run", "systemd_run.py")):
+        shutil.copyfile(os.path.join(tools, tool), os.path.join(usr_bin, name))
+        os.chmod(os.path.join(usr_bin, name), 0o755)
     smi = os.path.join(usr_bin, "nvidia-smi")
     if config["gpu"]:
         shutil.copyfile(os.path.join(tools, "nvidia-smi.sh"), smi)
@@ -122,6 +123,7 @@ def mount_devices(root, config):
     mount("devpts", os.path.join(at["dev"], "pts"), "devpts", NOSUID, "newinstance,ptmxmode=0666,mode=620")
     os.symlink("pts/ptmx", os.path.join(at["dev"], "ptmx"))
     os.mkfifo(os.path.join(at["dev"], "ttyS0"), 0o600)  # init reads it: the serial console
+    os.makedirs(os.path.join(at["run"], "systemd", "system"))  # what sd_booted(3) looks for
     shared = os.path.join(at["run"], "hardware")
     os.mkdir(shared)
     mount(config["hardware"], shared, None, BIND)

@@ -3,8 +3,8 @@
 Signals are systemd's (systemd(1)): SIGTERM from outside is the ACPI power button.
 """
 
+import contextlib
 import ctypes
-import errno
 import os
 import select
 import signal
@@ -12,6 +12,7 @@ import sys
 import time
 
 import scripts
+import services
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 RTMIN = 34  # of every program; the C library keeps 32 and 33 for itself
@@ -28,6 +29,7 @@ class Machine:
         self.end = ""  # how the machine will end, once that is asked for
         self.hook = 0  # pid of the shutdown script
         self.kill_at = None
+        self.spared = {}  # services whose main process alone was asked to end, and what is below it
 
     def say(self, text):
         os.write(self.console, f"[{time.clock_gettime(time.CLOCK_BOOTTIME):12.6f}] {text}\r\n".encode())
@@ -43,8 +45,12 @@ class Machine:
 
     def terminate(self):
         self.hook = 0
-        for number in (signal.SIGTERM, signal.SIGCONT):
-            kill_all(number)
+        self.spared = services.mixed()
+        # All at once where that is possible: who has just been forked must not be missed.
+        spared = set().union(*self.spared.values())
+        for pid in services.pids() - spared - {1} if spared else (-1,):
+            for number in (signal.SIGTERM, signal.SIGCONT):
+                kill(pid, number)
 
     def reap(self):
         """Collect what has ended; True when nothing is left but us."""
@@ -55,12 +61,14 @@ class Machine:
                 return True
             if pid == 0:
                 return False
+            for left in self.spared.pop(pid, ()):
+                kill(left, signal.SIGKILL)
             if pid == self.hook:
                 self.terminate()
 
     def force(self, how):
         """At once: no process gets a chance to say anything."""
-        kill_all(signal.SIGKILL)
+        kill(-1, signal.SIGKILL)
         if how == "halt":  # the processor stops, the machine stays and is billed
             self.say("reboot: System halted")
             while True:
@@ -91,15 +99,14 @@ class Machine:
                         self.ask(ASKED[number])
 
 
-def kill_all(number):
-    try:
-        os.kill(-1, number)  # not ourselves: kill(2)
-    except OSError as error:
-        if error.errno != errno.ESRCH:
-            raise
+def kill(pid, number):
+    """-1: everybody but ourselves (kill(2))."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def run(config):
+    LIBC.prctl(15, b"systemd", 0, 0, 0)  # PR_SET_NAME
     LIBC.sethostname(config["hostname"].encode(), len(config["hostname"]))
     reading, writing = os.pipe()
     for fd in (reading, writing):

@@ -83,7 +83,7 @@ def test_the_startup_script_runs_as_on_the_real_thing(cloud, gce):
     console = cloud.console("toy")
     assert "startup-script: user 0 home none in / pid1" in console and "host toy" in console
     assert all(f"startup-script: {word}\n" in console for word in ("True", "oops"))
-    assert not Path("/new").exists() and not Path("/root/me").exists()
+    assert not os.path.exists("/new") and not os.path.exists("/root/me")
     assert len(cloud.machine("toy").processes()) >= 3 and cloud.meter.running() == ["toy"]
 
 

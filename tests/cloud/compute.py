@@ -109,6 +109,8 @@ class Cloud:
             instance.server.close()
         for disk in (self.project.folder / "disks").glob("*"):
             erase(disk)
+        if self.clock.errors:
+            raise self.clock.errors[0]
 
     # --- where it is
 
@@ -191,6 +193,10 @@ class Cloud:
         except ApiError as error:
             request.status = error.code
             return error.reply()
+        except Exception as error:
+            if not isinstance(error, Cut):
+                self.violations.append(f"{request.method}: the emulator itself failed: {error!r}")
+            raise
 
     def _request(self, call: Call, method: discovery.Method, path: dict[str, str]) -> Request:
         try:

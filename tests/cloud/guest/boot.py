@@ -67,7 +67,8 @@ def listen(pid):
         if handle in ready:
             return
         words = os.read(0, 4096)
-        signal.pidfd_send_signal(handle, signal.SIGTERM if words.split()[-1:] == [b"off"] else signal.SIGKILL)
+        cut = not words or b"cut" in words
+        signal.pidfd_send_signal(handle, signal.SIGKILL if cut else signal.SIGTERM)
         if not words:
             waiting.unregister(0)
 

@@ -246,7 +246,9 @@ def test_a_service_hears_of_the_end_alone_if_it_wants_to(cloud, gce):
     """KillMode=mixed of systemd.kill(5): the main process is asked, its children are not."""
     forever = "while :; do sleep 0.02; done"
     child = f"(trap 'echo child asked' TERM; {forever}) &"
-    main = f"{child} trap 'echo main asked; sleep 0.1; exit' TERM; echo NAME=$NAME HOME=$HOME; {forever}"
+    main = (
+        f"{child} trap 'echo main asked; sleep 0.1; exit' TERM; echo NAME=$NAME $GCE_METADATA_HOST; {forever}"
+    )
     other = f"trap 'echo other asked; exit' TERM; {forever}"
     script = bash(
         f"systemd-run --unit=guard -p KillMode=mixed --setenv='NAME=a b' bash -c {shlex.quote(main)}",
@@ -256,7 +258,7 @@ def test_a_service_hears_of_the_end_alone_if_it_wants_to(cloud, gce):
     )
     gce.run("toy", script)
     until_said(cloud, "toy", "Finished running startup scripts")
-    until_said(cloud, "toy", "NAME=a b HOME=\n")
+    until_said(cloud, "toy", f"NAME=a b 127.0.0.1:{cloud.instance('toy').server.port}\n")
     gce.stop("toy")
     console = cloud.console("toy")
     assert "startup-script: refused" in console and "toy guard[" in console

@@ -108,6 +108,8 @@ def kill(pid, number):
 def run(config):
     LIBC.prctl(15, b"systemd", 0, 0, 0)  # PR_SET_NAME
     LIBC.sethostname(config["hostname"].encode(), len(config["hostname"]))
+    with open("/run/environment", "w") as file:  # what every service has: DefaultEnvironment of systemd
+        file.writelines(f"{name}={value}\n" for name, value in config["environ"].items())
     reading, writing = os.pipe()
     for fd in (reading, writing):
         os.set_blocking(fd, False)

@@ -51,6 +51,8 @@ def log(reading, unit, pid):
 def service(options, writing, started):
     os.setsid()
     environ = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "INVOCATION_ID": uuid.uuid4().hex}
+    with open("/run/environment") as file:  # where the metadata server is; on a real VM it has a fixed name
+        environ.update(line.rstrip("\n").split("=", 1) for line in file)
     for each in options.setenv:
         name, equals, value = each.partition("=")
         environ[name] = value if equals else os.environ.get(name, "")

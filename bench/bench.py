@@ -146,7 +146,7 @@ def many_files(folder: Path) -> list[Row]:
 
 
 def forget(folder: Path) -> None:
-    """The bucket and the index are empty again; the agent is built once for each version, not for each send."""
+    """The bucket and the index are empty again; the agent is built once for each version, not each send."""
     for name in ("share", "cache/cloudrun/index"):
         shutil.rmtree(folder / name, ignore_errors=True)
 

@@ -19,11 +19,13 @@ class Patience(NamedTuple):
     """Seconds: `grace` for a machine to end itself, then `limit` for it to be seen ended by us.
 
     `doubtful`: its create call did not come back, so that it may appear after we have looked in vain.
+    `itself`: who ended it, if it ended within its grace and does not say why.
     """
 
     grace: float
     limit: float
     doubtful: bool = False
+    itself: str = "guard"
 
 
 class Ended(NamedTuple):
@@ -55,7 +57,8 @@ def see_ended(backend: Backend, name: str, patience: Patience, *, layer: str) ->
             last = instance or last
             if last and last.ended is not None and graceful:
                 if time.monotonic() < graceful:
-                    stopped_by = "agent" if last.why == "the run is finished" else "guard"
+                    said = "agent" if last.why == "the run is finished" else "guard"
+                    stopped_by = said if last.why else patience.itself
                 graceful = 0.0
             if instance is None or (instance.ended is not None and not instance.leftover):
                 backend.stop(name)  # nothing is left to end; this frees what the machine left behind

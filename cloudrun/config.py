@@ -15,13 +15,17 @@ from cloudrun.limits import limits
 DEFAULT_HOURS = 24.0
 BACKENDS = ("gcp", "vast", "local")
 
+VM = (
+    *("GCP_ACCOUNT", "GCLOUD_PROJECT", "VM_INSTANCE", "VM_USER", "VM_ZONE", "VM_TYPE", "VM_GPU", "VM_IMAGE"),
+    *("VM_DISK", "VM_SPOT", "VM_SERVICE_ACCOUNT", "VM_NETWORK", "VM_SUBNET", "VM_EXTERNAL_IP"),
+)
 NEEDED = {"gcp": ("GCLOUD_PROJECT", "GCS_DIR"), "vast": ("VAST_API_KEY", "GCS_DIR"), "local": ()}
 
 
 class Settings(NamedTuple):
     """What a command needs to know. `chosen` says why this backend, when nobody named one.
 
-    `place` says whose machines are meant, see there.
+    `place` says whose machines are meant, see there. `vm` has what is set of the variables in VM.
     """
 
     backend: str
@@ -33,6 +37,7 @@ class Settings(NamedTuple):
     price: float | None
     limits: dict[str, float]
     place: str
+    vm: dict[str, str]
 
 
 def from_env(environ: Mapping[str, str], directory: str, **flags: str | float | None) -> Settings:
@@ -59,7 +64,9 @@ def from_env(environ: Mapping[str, str], directory: str, **flags: str | float | 
     if missing:
         problems.append(f"the {backend} backend also needs {', '.join(missing)}")
     bucket = _bucket(environ, backend)
-    if bucket and not bucket.startswith(("gs://", "file:///")):
+    if backend != "local" and bucket and not bucket.startswith("gs://"):
+        problems.append(f"GCS_DIR={bucket}: a machine elsewhere needs a bucket, gs://bucket/directory")
+    elif bucket and not bucket.startswith(("gs://", "file:///")):
         problems.append(f"GCS_DIR={bucket}: not gs://bucket/directory or file:///directory")
     try:
         table = limits(environ)
@@ -81,6 +88,7 @@ def from_env(environ: Mapping[str, str], directory: str, **flags: str | float | 
         price=price,
         limits=table,
         place=place(backend, environ),
+        vm={name: environ[name] for name in VM if environ.get(name)},
     )
 
 
@@ -104,7 +112,9 @@ def _backend(environ: Mapping[str, str], flag: object) -> tuple[str, str]:
 
 def place(backend: str, environ: Mapping[str, str]) -> str:
     """Whose machines a backend sees: who looks from elsewhere cannot say that one has ended."""
-    return f"{os.uname().nodename}:{data_directory(environ)}" if backend == "local" else backend
+    if backend == "local":
+        return f"{os.uname().nodename}:{data_directory(environ)}"
+    return f"{backend}:{environ.get('GCLOUD_PROJECT', '')}" if backend == "gcp" else backend
 
 
 def data_directory(environ: Mapping[str, str]) -> str:

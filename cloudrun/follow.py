@@ -24,14 +24,16 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 0.5  # between two looks at the machine, and two tries at a bucket that is out of reach
 LAST_WORDS_SECONDS = 0.5  # in which the bucket may show what a machine wrote just before it went
 NOW = 2
+ENDING = ("finished", "preempted", "shutdown", "gone")  # the machine is about to end itself, or has
 
 
 @dataclass
 class Seen:
     """How following an attempt ended.
 
-    `how`: finished (there is a receipt), preempted, gone (without a word), superseded (by the next
-    attempt), silent, overdue, now (the user asked twice), detached. `by`: the signal of the user's wish.
+    `how`: finished (there is a receipt), preempted, shutdown (from outside), gone (without a word),
+    superseded (by the next attempt), silent, overdue, now (the user asked twice), detached. `by`: the
+    signal of the user's wish.
     """
 
     how: str
@@ -46,7 +48,7 @@ class Seen:
         """Seconds in which the machine may end itself; None: it shall live on."""
         if self.how == "detached":
             return None
-        return self.self_end if self.how in ("finished", "preempted", "gone") else 0.0
+        return self.self_end if self.how in ENDING else 0.0
 
     def outcome(self, order: Order) -> Outcome:
         """What it means for the run, if there is no receipt."""
@@ -54,14 +56,23 @@ class Seen:
             return Outcome("stopped", user_code(self.by), "ended by the user, at once")
         if self.how == "preempted":
             return Outcome("preempted", UNKNOWN, "the machine was taken away; run it again to go on")
-        if self.how == "overdue" or "guard: the deadline was reached" in self.console:
-            return Outcome(order.limited_by, 124, "ended at the deadline, by the guard or by us")
-        fatal = [line for line in self.console.splitlines() if "CLOUDRUN-FATAL" in line]
+        late = self.how == "shutdown" and order.left() <= 0
+        if late or self.how == "overdue" or "guard: the deadline was reached" in self.console:
+            return Outcome(order.limited_by, 124, "ended at the deadline, by the guard, the provider or us")
+        if self.how == "shutdown":
+            return Outcome("shutdown", UNKNOWN, "the machine was shut down from outside")
+        fatal = [line.partition(" ")[2] for line in fatal_lines(self.console)]
         if not self.began:
-            words = fatal[-1].partition("CLOUDRUN-FATAL ")[2] if fatal else "the machine gave no sign of life"
+            words = fatal[-1] if fatal else "the machine gave no sign of life"
             return Outcome("failed", 125, f"main.py was not started: {words}")
         why = fatal[-1] if fatal else self.console.strip().rpartition("\n")[2] or f"the machine is {self.how}"
         return Outcome("lost", UNKNOWN, f"outcome unknown ({why})")
+
+
+def fatal_lines(console: str) -> list[str]:
+    """`<instance> <words>`: what guard or agent could not work without."""
+    lines = (line.partition("CLOUDRUN-FATAL ")[2] for line in console.splitlines())
+    return [line for line in lines if line]
 
 
 def conclude(bucket: Bucket, order: Order, seen: Seen, bill: dict[str, Any] | None = None) -> Outcome:
@@ -71,7 +82,7 @@ def conclude(bucket: Bucket, order: Order, seen: Seen, bill: dict[str, Any] | No
         if receipt:
             return outcome_of(receipt)
         level, by = requested_end(bucket, order.prefix)
-        if level >= NOW or (level and seen.how == "preempted"):
+        if level >= NOW or (level and seen.how in ("preempted", "shutdown")):
             seen = Seen("now", by=by)
     except BucketError as error:
         if seen.how != "now":
@@ -132,7 +143,7 @@ class _Follower:
             self.cut_off, self.heard = error, time.monotonic()  # who is silent cannot be known
             self.client.report.status(f"the bucket cannot be read: {error}")
             time.sleep(LOOK_SECONDS)
-        if not seen and time.monotonic() - self._looked > LOOK_SECONDS:
+        if not seen and time.monotonic() - self._looked > max(LOOK_SECONDS, self.client.backend.pace):
             seen = self._look(show)
         if not seen:
             time.sleep(self.client.bucket.pace)
@@ -224,12 +235,20 @@ class _Follower:
                 return self._gone(show)
             if is_claimed(self.client.bucket, self.order, self.attempt + 1):
                 return self._seen("superseded")
+        if self.mine and not self.state and self._is_fatal():
+            return self._seen("silent")
         unborn = self.mine and not self.state and now - self.begun > self.order.limits["boot"]
         if unborn and not self.cut_off:
             return self._seen("silent")
         if now - self.heard > 1.5 * self.order.limits["agent_silence"] + 2 * self.order.limits["state"]:
             return self._seen("silent")
         return None
+
+    def _is_fatal(self) -> bool:
+        """Whether guard or agent said on the console that it cannot work."""
+        with suppress(CloudrunError):
+            return any(self.name in line for line in fatal_lines(self.client.backend.console(self.name)))
+        return False
 
     def _gone(self, show: bool) -> Seen | None:
         with suppress(BucketError):
@@ -239,8 +258,9 @@ class _Follower:
             if seen:
                 return seen
             self._read_state()
-            if attempt_object(self.client.bucket, self.order, self.attempt, "end"):
-                return self._seen("preempted")
+            end = attempt_object(self.client.bucket, self.order, self.attempt, "end")
+            if end:
+                return self._seen("shutdown" if end.get("reason") == "shutdown" else "preempted")
         return self._seen("gone")
 
 

@@ -27,6 +27,8 @@ DEFAULTS: dict[str, float] = {
     "client_lost": 120,  # without one the run ends, if the user asked for that
     "provider": 60,  # from the deadline to the provider's own limit
     "stop": 60,  # for seeing an instance ended
+    "look": 2,  # between two looks at a machine in a cloud
+    "appears": 60,  # from a create call in a cloud to the moment when its machine can be found
     "self_end": 30,  # for a machine that has finished to end itself before we end it
     "spool": 256 << 20,  # bytes of output kept on the machine's disk while the bucket is out of reach
 }

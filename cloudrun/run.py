@@ -41,6 +41,7 @@ class Lease:
     """What is known of one machine. `end_at`: its deadline, in seconds since this computer was booted.
 
     `grace`: seconds in which it may end itself; None: it shall live on. `none`: it was never to be had.
+    `itself`: who will have ended it, if it does.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Lease:
     offer: Offer | None = None
     created: float | None = None
     none: bool = False
+    itself: str = "guard"
     ended: Ended | None = None
 
 
@@ -75,7 +77,7 @@ def execute(
             with lease(client, order, attempt, offers, machine):
                 machine.grace = 0.0 if mine else None
                 seen = follow(client, order, attempt, mine=mine, show=mine and not detach, detach=detach)
-                machine.grace = seen.grace
+                machine.grace, machine.itself = seen.grace, "agent" if seen.receipt else "guard"
         except (CloudrunError, Interrupted) as error:
             if machine.ended and (mine or isinstance(error, CloudrunError)):  # else another client may go on
                 reason = "failed" if isinstance(error, CloudrunError) else "stopped"
@@ -143,7 +145,7 @@ def lease(client: Client, order: Order, attempt: int, offers: list[Offer], machi
     finally:
         if machine.grace is not None:
             doubtful = machine.created is None and not machine.none
-            patience = Patience(machine.grace, order.limits["stop"], doubtful)
+            patience = Patience(machine.grace, order.limits["stop"], doubtful, machine.itself)
             ended = see_ended(client.backend, machine.name, patience, layer="lease")
             price = machine.offer.price if machine.offer and ended.price is None else ended.price
             started = ended.ended if machine.none else ended.started or machine.created
@@ -197,6 +199,7 @@ def instance_name(run: str, attempt: int) -> str:
 
 
 def boot_of(bucket: Bucket, order: Order, attempt: int, machine: Lease) -> Boot:
+    left = min(machine.end_at - since_boot(), order.seconds)  # never more than the whole run
     payload = {
         "run": order.run,
         "attempt": attempt,
@@ -206,11 +209,11 @@ def boot_of(bucket: Bucket, order: Order, attempt: int, machine: Lease) -> Boot:
         "prefix": order.prefix,
         "agent": order.agent,
         "order": [order.prefix + "/order.json", hashlib.sha256(order.content()).hexdigest()],
-        "left": min(machine.end_at - since_boot(), order.seconds),  # never more than the whole run
+        "left": left,
         "agent_gone": order.limits["agent_gone"],
         "agent_silence": order.limits["agent_silence"],
     }
-    return Boot(order.run, attempt, order.deadline, payload)
+    return Boot(order.run, attempt, order.deadline, payload, left + order.limits["provider"])
 
 
 def find_offers(backend: Backend, at_most: float | None = None) -> list[Offer]:

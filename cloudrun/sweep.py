@@ -112,7 +112,8 @@ class _Visit:
         end = attempt_object(self.bucket, order, attempt, "end")
         console = self.console or self.backend.console(f"{order.run}-{attempt}")
         began = state.get("phase") in ("run", "save")
-        seen = Seen("preempted" if end else "gone", console=console, began=began)
+        how = "gone" if not end else "shutdown" if end.get("reason") == "shutdown" else "preempted"
+        seen = Seen(how, console=console, began=began)
         return conclude(self.bucket, order, seen)
 
 

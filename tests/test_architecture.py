@@ -24,7 +24,8 @@ LAYERS = (
     ("output", "pull", "send", "runs"),
     ("order", "receipt", "zipapp", "report", "signals"),
     ("index",),
-    ("backends.local",),
+    ("backends.local", "backends.gcp"),
+    ("backends.gcp_api", "backends.gcp_boot"),
     ("backends",),
     ("backends.gcp_prices", "backends.gcp_shapes"),
     ("project", "config"),
@@ -36,7 +37,7 @@ LAYERS = (
 )
 ITSELF = {("commands", "closing"), ("agent.", "agent.")}
 # A storage or a backend is imported by the one function that opens it; what is typed only is no import.
-OPENED = {("storage", "storage.folder"), ("backends", "backends.local")}
+OPENED = {("storage", "storage.folder"), ("backends", "backends.local"), ("backends", "backends.gcp")}
 AGENT_MAY = {"agent", "background", "formats", "errors", "processes", "storage"}
 SENT = (
     "background",
@@ -48,6 +49,9 @@ SENT = (
 )
 
 CATCH_ALL = {
+    "backends/gcp_api.py: call",  # what the SDK raises is translated: its own errors and other libraries'
+    "backends/gcp_api.py: listed",  # the same
+    "backends/gcp_api.py: _load",  # kept for who waits for the SDK
     "agent/main.py: main",  # the machine has to end, whatever it is
     "agent/main.py: work",  # main.py's end is reported, whatever went wrong around it
     "agent/save.py: every_so_often",  # what goes wrong now can go right the next time
@@ -166,6 +170,9 @@ def test_backends_and_storages_know_neither_the_run_nor_each_other() -> None:
 # --- sizes
 
 
+CLOUDS = {"gcp": ("backends.gcp", "storage.gcs", "storage.rest", "gs", "doctor")}
+
+
 def code_lines(path: Path) -> int:
     """Lines that are neither blank, nor comment, nor docstring."""
     source = path.read_text()
@@ -187,17 +194,18 @@ def code_lines(path: Path) -> int:
     return len(lines - docs)
 
 
-@pytest.mark.parametrize(("part", "most"), [("client", 3200), ("agent", 900)])
+@pytest.mark.parametrize(("part", "most"), [("client", 3200), ("agent", 900), ("gcp", 1500)])
 def test_the_package_stays_small(part: str, most: int) -> None:
     sizes: defaultdict[str, int] = defaultdict(int)
     for name, path in MODULES.items():
+        cloud = next((cloud for cloud, names in CLOUDS.items() if name.startswith(names)), "")
         family = "agent" if name.startswith("agent") else "guard" if name == "guard" else "client"
-        sizes[family] += code_lines(path)
+        sizes[cloud or family] += code_lines(path)
     assert sizes[part] <= most, dict(sizes)
 
 
 def test_the_guard_stays_small() -> None:
-    assert len((PACKAGE / "guard.py").read_text().splitlines()) <= 150
+    assert code_lines(PACKAGE / "guard.py") <= 150
 
 
 def test_no_file_is_long() -> None:

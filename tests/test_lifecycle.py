@@ -561,7 +561,7 @@ def test_a_script_that_stays_here_is_said_before_anything_is_sent(make: Callable
 @pytest.mark.parametrize(
     ("console", "code", "words"),
     [
-        ("CLOUDRUN-FATAL the agent is damaged\n", 125, "main.py was not started: the agent is damaged"),
+        ("CLOUDRUN-FATAL i the agent is damaged\n", 125, "main.py was not started: the agent is damaged"),
         ("cloudrun guard: the deadline was reached\n", 124, "ended at the deadline"),
         ("kernel panic\n", 125, "the machine gave no sign of life"),
     ],

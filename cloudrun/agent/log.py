@@ -25,7 +25,7 @@ class Log:
     """
 
     def __init__(self, bucket: Bucket, prefix: str, limit: int) -> None:
-        self.sent = 0
+        self.sent = sum(1 for _ in bucket.names(prefix + "/"))  # after a reboot it goes on
         self._bucket, self._prefix, self._limit = bucket, prefix, limit
         self._spool = os.open("../spool", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         os.unlink("../spool")

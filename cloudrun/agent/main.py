@@ -9,11 +9,11 @@ import os
 import shutil
 import signal
 import sys
-from contextlib import suppress
 from functools import partial
 
 from cloudrun.agent.fetch import Fetch
 from cloudrun.agent.log import Log
+from cloudrun.agent.machine import driver_trouble, identity
 from cloudrun.agent.program import Program, steps
 from cloudrun.agent.save import Saver
 from cloudrun.agent.watch import Task, Watch, insist, now, said, stamp
@@ -32,30 +32,36 @@ SHORT_SECONDS = 3.0  # for what the bucket refuses for good, and for the word th
 def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     boot = json.loads(os.environ["CLOUDRUN_BOOT"])
+    last_word = b"R"  # nothing is left to do on this machine
     try:
         bucket, (name, sha256) = open_bucket(boot["bucket"]), boot["order"]
         order, _ = bucket.get(name)
         if hashlib.sha256(order).hexdigest() != sha256:
             raise Corrupt(f"{name} is damaged: its sha256 is not the one that this machine was given")
         watch = Watch(boot, parse(order, name, limits=dict, manifest=dict, argv=list, outputs=list), bucket)
-        if claim(watch):
-            Attempt(watch).work()
+        if bucket.size(watch.prefix + "/receipt.json") is None:
+            if claim(watch):
+                Attempt(watch).work()
+        elif boot.get("kept"):
+            last_word = b"H"  # a person started this machine by hand, for something else
     except Exception as error:
-        print(f"CLOUDRUN-FATAL {said(error)}", flush=True)
+        print(f"CLOUDRUN-FATAL {boot['instance']} {said(error)}", flush=True)
     finally:
-        os.write(int(os.environ["CLOUDRUN_GUARD"]), b"R")  # nothing is left to do on this machine
-        os._exit(0)  # and nothing is worth waiting for, not even a thread that hangs in the bucket
+        os.write(int(os.environ["CLOUDRUN_GUARD"]), last_word)
+        os._exit(0)  # nothing is worth waiting for, not even a thread that hangs in the bucket
 
 
 def claim(watch: Watch) -> bool:
-    """Become the one machine that works on this attempt; False if the run or the attempt is taken."""
-    if watch.bucket.size(watch.prefix + "/receipt.json") is not None:
-        return False
-    identity = {"machine": os.urandom(8).hex(), "python": sys.version.split()[0], "time": stamp()}
-    with suppress(Conflict):
-        watch.bucket.create(watch.attempt + "/agent.json", canonical(identity))
-        return True
-    return False
+    """Become the one machine that works on this attempt; False if another one has it, or the next one."""
+    ours = identity(watch.boot)
+    content = {"machine": ours, "python": sys.version.split()[0], "time": stamp()}
+    try:
+        watch.bucket.create(watch.attempt + "/agent.json", canonical(content))
+    except Conflict:  # after a reboot it may be we who have it
+        found = parse(watch.bucket.get(watch.attempt + "/agent.json")[0], "agent.json")
+        following = f"{watch.prefix}/attempts/{watch.number + 1}/claim.json"
+        return found.get("machine") == ours and watch.bucket.size(following) is None
+    return True
 
 
 STUCK_SECONDS = 60.0  # what the kernel cannot kill for so long (a driver, a lost disk) must not keep the save
@@ -98,6 +104,9 @@ class Attempt:
 
     def fetch(self) -> bool:
         """All that main.py needs. False if the run must end before it has begun."""
+        trouble = driver_trouble(self.watch.boot)
+        if trouble:
+            raise CloudrunError(trouble)
         fetch = Fetch(self.watch)
         self.watch.phase("fetch", fetch.progress)
         task = Task(self.bring, fetch)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
+from cloudrun.agent.machine import why_it_ends
 from cloudrun.errors import BucketError, CloudrunError, Missing
 from cloudrun.formats import canonical, parse, timestamp
 from cloudrun.storage import Bucket
@@ -70,7 +71,7 @@ class Watch:
     """
 
     def __init__(self, boot: dict[str, Any], order: dict[str, Any], bucket: Bucket) -> None:
-        self.order, self.bucket = order, bucket
+        self.boot, self.order, self.bucket = boot, order, bucket
         self.limits: dict[str, float] = order["limits"]
         self.prefix, self.number = boot["prefix"], boot["attempt"]
         self.attempt = f"{self.prefix}/attempts/{self.number}"
@@ -124,12 +125,17 @@ class Watch:
         A spot notice, whenever it comes, is passed on to the bucket: the run may go on elsewhere.
         """
         if self._noticed.is_set() and self.farewell is None:
-            word = canonical({"reason": "preempted", "time": stamp()})
-            self.farewell = Task(self.bucket.create, self.attempt + "/end.json", word)
+            self.farewell = Task(self._say_farewell)
         if now() - self._beaten > self.limits["agent_beat"]:
             self._beaten = now()
             with suppress(OSError):
                 os.write(self._pipe, b".")
+
+    def _say_farewell(self) -> None:
+        why = "preempted"  # as long as nobody says otherwise: the run may go on
+        with suppress(OSError):
+            why = why_it_ends(self.boot)
+        self.bucket.create(self.attempt + "/end.json", canonical({"reason": why, "time": stamp()}))
 
     def phase(self, name: str, details: Mapping[str, int] | None = None) -> None:
         """`details` may change while the phase lasts."""

@@ -21,12 +21,16 @@ class Offer(NamedTuple):
 
 
 class Boot(NamedTuple):
-    """What a machine gets in the call that creates it. `payload` is CLOUDRUN_BOOT of cloudrun.formats."""
+    """What a machine gets in the call that creates it. `payload` is CLOUDRUN_BOOT of cloudrun.formats.
+
+    `seconds`: the provider's own limit, from now on.
+    """
 
     run: str
     attempt: int
     deadline: str
     payload: dict[str, Any]
+    seconds: float = 0.0
 
 
 class Instance(NamedTuple):
@@ -89,4 +93,8 @@ def open_backend(settings: Settings) -> Backend:
         from cloudrun.backends.local import LocalBackend
 
         return LocalBackend(settings.price or 0.0)
+    if settings.backend == "gcp":
+        from cloudrun.backends.gcp import GcpBackend
+
+        return GcpBackend(settings)
     raise UsageError(f"the {settings.backend} backend is not part of this version; use --backend local")

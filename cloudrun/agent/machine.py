@@ -1,0 +1,54 @@
+"""What a rented machine says of itself. On Compute Engine its metadata server answers (gcp.md 5)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+METADATA_SECONDS = 3.0
+DRIVER_SECONDS = 60.0  # the first call of nvidia-smi loads the driver
+
+
+def metadata(path: str) -> str:
+    """A value below computeMetadata/v1/. Raises OSError."""
+    from urllib.request import ProxyHandler, Request, build_opener  # 30 ms that a local run does not pay
+
+    host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
+    request = Request(f"http://{host}/computeMetadata/v1/{path}", headers={"Metadata-Flavor": "Google"})
+    with build_opener(ProxyHandler({})).open(request, timeout=METADATA_SECONDS) as answer:
+        return str(answer.read(65536).decode("utf-8", "replace"))
+
+
+def identity(boot: Mapping[str, Any]) -> str:
+    """The same for this machine as long as it exists, on Compute Engine after a reboot as well."""
+    return metadata("instance/id") if boot["backend"] == "gcp" else os.urandom(8).hex()
+
+
+def why_it_ends(boot: Mapping[str, Any]) -> str:
+    """`preempted`: taken away by the provider; `shutdown`: somebody shut it down. Raises OSError."""
+    taken = boot["backend"] != "gcp" or metadata("instance/preempted").strip() == "TRUE"
+    return "preempted" if taken else "shutdown"
+
+
+def driver_trouble(boot: Mapping[str, Any]) -> str:
+    """Why no GPU can be used though some were ordered; empty if they can."""
+    wanted = boot.get("gpus", 0)
+    if not wanted:
+        return ""
+    try:
+        command = ["nvidia-smi", "-L"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DRIVER_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"no GPU can be used: {error}; choose an image with a driver for it (VM_IMAGE)"
+    found = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+    if done.returncode or found < wanted:
+        said = (done.stdout + done.stderr).strip()[-300:]
+        return (
+            f"{found} of {wanted} GPUs can be used: nvidia-smi says {said!r}; choose another image (VM_IMAGE)"
+        )
+    return ""

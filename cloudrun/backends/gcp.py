@@ -1,0 +1,395 @@
+"""Virtual machines of Google Compute Engine: one that is kept between runs, or one for each attempt.
+
+Labels say whose machine it is: the run, the attempt, when it has to be gone. A machine is ours if it has
+them, and nothing else is ever changed. The provider's own limit is part of each insert and each start.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from cloudrun.backends import Boot, Instance, Offer
+from cloudrun.backends.gcp_api import ApiError, Compute, QuotaExceeded
+from cloudrun.backends.gcp_boot import startup_script
+from cloudrun.backends.gcp_prices import price as known_price
+from cloudrun.backends.gcp_shapes import Shape, image_family, resolve
+from cloudrun.config import Settings, place
+from cloudrun.errors import CloudrunError, NoCapacity, UsageError
+from cloudrun.formats import seconds_of, timestamp
+
+ZONES = "us-central1-a us-central1-b us-central1-c"
+DISK_GB = 100
+RUN, ATTEMPT, ENDS, KEPT, BEFORE = (
+    f"cloudrun-{word}" for word in ("run", "attempt", "ends", "kept", "before")
+)
+NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?\Z")
+LEAST_SECONDS = 30  # of maxRunDuration (D:instances/limit-vm-runtime)
+ASK_AGAIN_SECONDS = 30.0  # when a stop that was accepted has had no effect
+SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+YES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
+
+
+class Wanted(NamedTuple):
+    """What VM_* ask for. `vm` is the name of the machine that is kept; empty: one for each attempt."""
+
+    shape: Shape
+    vm: str
+    zones: list[str]
+    spot: bool
+    disk: int
+    image: str
+
+
+def wanted(vm: dict[str, str]) -> Wanted:
+    """Raises UsageError with all that is wrong."""
+    problems = []
+    zones = vm.get("VM_ZONE", ZONES).replace(",", " ").split()
+    problems += [
+        f"VM_ZONE: {zone} is not a zone, such as us-central1-a" for zone in zones if zone.count("-") != 2
+    ]
+    name, disk = vm.get("VM_INSTANCE", ""), vm.get("VM_DISK", str(DISK_GB))
+    if name and not NAME.match(name):
+        problems.append(f"VM_INSTANCE={name}: at most 63 of a-z, 0-9 and -, beginning with a letter")
+    if not disk.isdecimal() or not 10 <= int(disk) <= 65536:
+        problems.append(f"VM_DISK={disk}: not a number of GB from 10 on")
+    spot = YES.get(vm.get("VM_SPOT", "").lower())
+    if spot is None:
+        problems.append(f"VM_SPOT={vm['VM_SPOT']}: not 1 or 0")
+    shape, image = Shape(""), vm.get("VM_IMAGE", "")
+    try:
+        shape = resolve(vm.get("VM_GPU", ""), vm.get("VM_TYPE", ""), bool(spot))
+        image = image or image_family(shape)
+    except UsageError as error:
+        problems.append(str(error))
+    if problems:
+        raise UsageError("\n".join(problems))
+    return Wanted(shape, name, zones, bool(spot), int(disk), image)
+
+
+class GcpBackend:
+    """See cloudrun.backends.Backend."""
+
+    name = "gcp"
+
+    def __init__(self, settings: Settings) -> None:
+        self._vm, self._price = settings.vm, settings.price
+        self._wanted = wanted(settings.vm)
+        self.place = place(self.name, settings.vm)
+        self.pace, self.appears_within = settings.limits["look"], settings.limits["appears"]
+        self._compute = Compute(settings.vm["GCLOUD_PROJECT"], os.environ)
+        self._boot_seconds = 0.3 * settings.limits["boot"]
+        self._full: set[str] = set()  # regions without quota
+        self._zones: dict[str, str] = {}  # of the machines that were made here
+        self._asked: dict[str, float] = {}
+
+    # --- what could be had
+
+    def offers(self) -> list[Offer]:
+        wanted = self._wanted
+        found = self._kept()
+        if found:
+            zone, vm = found
+            self._check_kept(zone, vm)
+            spot = vm.scheduling.provisioning_model == "SPOT"
+            return [self._offer(_shape_of(vm), zone, spot)]
+        self._compute.ready()
+        if wanted.image.startswith("projects/") and "/family/" in wanted.image:
+            self._check_image(wanted.image)
+        return [self._offer(wanted.shape, zone, wanted.spot) for zone in wanted.zones]
+
+    def _offer(self, shape: Shape, zone: str, spot: bool) -> Offer:
+        price = known_price(shape, zone, spot) if self._price is None else self._price
+        return Offer(f"{shape.words}{', spot' * spot} in {zone}", price, self._boot_seconds, zone)
+
+    def _check_image(self, image: str) -> None:
+        _, project, _, _, _, family = image.split("/")
+        try:
+            self._compute.call("Images", "get_from_family", project=project, family=family)
+        except ApiError as error:
+            if error.code != 404:
+                raise
+            raise UsageError(f"there is no image {image}: set VM_IMAGE") from None
+
+    def _kept(self) -> tuple[str, Any] | None:
+        """(zone, instance) of the machine that VM_INSTANCE names."""
+        found = self._compute.listed(f"name={self._wanted.vm}") if self._wanted.vm else []
+        return found[0] if found else None
+
+    def _check_kept(self, zone: str, vm: Any) -> None:
+        """Raises CloudrunError for a machine that is not ours, is in use, or is not what was asked for."""
+        if vm.labels.get(KEPT) != "yes":
+            raise CloudrunError(
+                f"{vm.name} in {zone} was not made by cloudrun, which will not touch it: "
+                "choose another name with VM_INSTANCE"
+            )
+        wanted, differs = self._wanted, ""
+        shape = _shape_of(vm)
+        if {"VM_TYPE", "VM_GPU"} & set(self._vm) and wanted.shape != shape:
+            differs = f"it has {shape.words}, and {wanted.shape.words} is wanted"
+        elif "VM_DISK" in self._vm and vm.disks[0].disk_size_gb != wanted.disk:
+            differs = f"its disk has {vm.disks[0].disk_size_gb} GB, and {wanted.disk} are wanted"
+        elif "VM_IMAGE" in self._vm and wanted.image != _metadata(vm).get("cloudrun-image"):
+            differs = f"its image is {_metadata(vm).get('cloudrun-image')}, and {wanted.image} is wanted"
+        if differs:
+            delete = self._gcloud("delete", vm.name, zone)
+            raise CloudrunError(
+                f"{vm.name}: {differs}; this deletes it, the next run makes a new one:\n{delete}"
+            )
+
+    # --- a machine's life
+
+    def create(self, name: str, offer: Offer, boot: Boot) -> None:
+        region = offer.where.rpartition("-")[0]
+        if region in self._full:
+            raise NoCapacity(f"{region} has no quota left")
+        found = self._kept()
+        try:
+            if found:
+                self._take(*found, boot)
+            else:
+                self._insert(name, offer.where, boot)
+        except QuotaExceeded as error:
+            if not error.region:
+                raise
+            self._full.add(error.region)
+            raise NoCapacity(str(error)) from None
+
+    def _insert(self, name: str, zone: str, boot: Boot) -> None:
+        wanted, vm, sdk = self._wanted, self._vm, self._compute
+        kept = bool(wanted.vm)
+        disk = sdk.AttachedDiskInitializeParams(
+            source_image=wanted.image,
+            disk_size_gb=wanted.disk,
+            disk_type=f"zones/{zone}/diskTypes/{wanted.shape.disk_type}",
+            labels={RUN: boot.run} if not kept else {KEPT: "yes"},
+        )
+        network = sdk.NetworkInterface(network=vm.get("VM_NETWORK") or "global/networks/default")
+        if "VM_SUBNET" in vm:
+            network = sdk.NetworkInterface(subnetwork=vm["VM_SUBNET"])
+        if vm.get("VM_EXTERNAL_IP", "1").lower() not in ("0", "no", "none", "false"):
+            network.access_configs = [sdk.AccessConfig(name="External NAT", type_="ONE_TO_ONE_NAT")]
+        instance = sdk.Instance(
+            name=wanted.vm or gce_name(name),
+            machine_type=f"zones/{zone}/machineTypes/{wanted.shape.machine_type}",
+            disks=[sdk.AttachedDisk(boot=True, auto_delete=True, type_="PERSISTENT", initialize_params=disk)],
+            network_interfaces=[network],
+            service_accounts=[
+                sdk.ServiceAccount(email=vm.get("VM_SERVICE_ACCOUNT") or "default", scopes=[SCOPE])
+            ],
+            scheduling=self._scheduling(boot, wanted.shape, wanted.spot, kept=kept),
+            labels=_labels(boot, kept=kept),
+            metadata=sdk.Metadata(items=self._items(boot, kept=kept)),
+        )
+        if wanted.shape.accelerator:
+            kind = f"zones/{zone}/acceleratorTypes/{wanted.shape.accelerator}"
+            gpus = sdk.AcceleratorConfig(accelerator_type=kind, accelerator_count=wanted.shape.gpus)
+            instance.guest_accelerators = [gpus]
+        self._zones[name] = zone
+        self._compute.change("insert_unary", zone, instance_resource=instance)
+        self._check_limit(instance.name, zone)
+
+    def _take(self, zone: str, vm: Any, boot: Boot) -> None:
+        """Start the machine that is kept. Who changes its labels first, while it is parked, has it."""
+        sdk, where = self._compute, {"instance": vm.name}
+        if vm.status != "TERMINATED":
+            raise CloudrunError(f"{vm.name} is {vm.status.lower()}: {self._holder(vm)}")
+        stopped = _seconds(vm.last_stop_timestamp)
+        labels = sdk.InstancesSetLabelsRequest(
+            label_fingerprint=vm.label_fingerprint,
+            labels={**vm.labels, **_labels(boot, kept=True), BEFORE: str(int(stopped or 0))},
+        )
+        try:
+            sdk.change("set_labels_unary", zone, instances_set_labels_request_resource=labels, **where)
+        except ApiError as error:
+            if error.code != 412:
+                raise
+            now = sdk.call("Instances", "get", zone=zone, **where)
+            raise CloudrunError(f"{vm.name} was taken a moment ago: {self._holder(now)}") from None
+        others = {key: value for key, value in _metadata(vm).items() if key not in ("startup-script",)}
+        items = [sdk.Items(key=key, value=value) for key, value in others.items()]
+        metadata = sdk.Metadata(
+            fingerprint=vm.metadata.fingerprint, items=items + self._items(boot, kept=True)[:1]
+        )
+        sdk.change("set_metadata_unary", zone, metadata_resource=metadata, **where)
+        spot = vm.scheduling.provisioning_model == "SPOT"
+        scheduling = self._scheduling(boot, _shape_of(vm), spot, kept=True)
+        sdk.change("set_scheduling_unary", zone, scheduling_resource=scheduling, **where)
+        try:
+            sdk.change("start_unary", zone, **where)
+        except NoCapacity:
+            raise NoCapacity(
+                f"{zone}, where the disk of {vm.name} is, has no such machine now; "
+                "without VM_INSTANCE and with --backend gcp any zone will do"
+            ) from None
+        self._check_limit(vm.name, zone)
+
+    def _holder(self, vm: Any) -> str:
+        run = vm.labels.get(RUN)
+        return f"the run {run} has it; --wait queues, and `cloudrun stop {run}` ends that run"
+
+    def _scheduling(self, boot: Boot, shape: Shape, spot: bool, *, kept: bool) -> Any:
+        sdk = self._compute
+        scheduling = sdk.Scheduling(
+            on_host_maintenance="TERMINATE",
+            automatic_restart=False,
+            provisioning_model="SPOT" if spot else "STANDARD",
+            instance_termination_action="STOP" if kept else "DELETE",
+            max_run_duration=sdk.Duration(seconds=max(math.ceil(boot.seconds), LEAST_SECONDS)),
+        )
+        if shape.local_ssds and kept:
+            scheduling.on_instance_stop_action = sdk.SchedulingOnInstanceStopAction(discard_local_ssd=True)
+        return scheduling
+
+    def _items(self, boot: Boot, *, kept: bool) -> list[Any]:
+        payload = {
+            **boot.payload,
+            "kept": kept,
+            "gpus": self._wanted.shape.gpus,
+            "user": self._vm.get("VM_USER", ""),
+        }
+        script = startup_script(payload, os.environ)
+        values = {"startup-script": script, "cloudrun-image": self._wanted.image}
+        return [self._compute.Items(key=key, value=value) for key, value in values.items()]
+
+    def _check_limit(self, vm: str, zone: str) -> None:
+        """Raises CloudrunError for a machine that the provider would not end: our caller does."""
+        found = self._compute.call("Instances", "get", zone=zone, instance=vm)
+        if found.status == "RUNNING" and not found.resource_status.scheduling.termination_timestamp:
+            raise CloudrunError(f"{vm} was started, but Google did not set a limit to its life")
+
+    # --- looking and ending
+
+    def find(self, name: str) -> Instance | None:
+        found = self._found(name)
+        return self._described(*found) if found else None
+
+    def all(self) -> list[Instance]:
+        found = [self._described(*each) for each in self._compute.listed(f"labels.{RUN}:*")]
+        return [instance for instance in found if instance.ended is None or instance.leftover]
+
+    def stop(self, name: str) -> None:
+        found = self._found(name)
+        if not found:
+            return
+        zone, vm = found
+        kept, now = vm.labels.get(KEPT) == "yes", time.monotonic()
+        nothing_left = vm.status == "TERMINATED" and kept
+        if nothing_left or now - self._asked.get(name, -ASK_AGAIN_SECONDS) < ASK_AGAIN_SECONDS:
+            return
+        self._asked[name] = now
+        try:
+            if kept:
+                self._compute.call(
+                    "Instances", "stop_unary", zone=zone, instance=vm.name, discard_local_ssd=True
+                )
+            else:
+                self._compute.call("Instances", "delete_unary", zone=zone, instance=vm.name)
+        except CloudrunError as error:
+            del self._asked[name]
+            if getattr(error, "code", None) != 404:
+                raise
+
+    def console(self, name: str) -> str:
+        found = self._found(name)
+        if not found:
+            return ""
+        zone, vm = found
+        output = self._compute.call(
+            "Instances", "get_serial_port_output", zone=zone, instance=vm.name, start=-8192
+        )
+        return str(output.contents).replace("\r\n", "\n")[-4000:]
+
+    def by_hand(self, name: str) -> str:
+        project, vm = self._compute.project, self._wanted.vm or gce_name(name)
+        zone = self._zones.get(name, self._wanted.zones[0])
+        verb = "stop" if self._wanted.vm else "delete"
+        page = f"https://console.cloud.google.com/compute/instancesDetail/zones/{zone}/instances/{vm}?project={project}"
+        return f"{self._gcloud(verb, vm, zone)}\nor there: {page}"
+
+    def _gcloud(self, verb: str, vm: str, zone: str) -> str:
+        return f"gcloud compute instances {verb} {vm} --zone={zone} --project={self._compute.project}"
+
+    def _found(self, name: str) -> tuple[str, Any] | None:
+        """The machine of an attempt, by its labels: its name may be that of another run's by now."""
+        run, _, attempt = name.rpartition("-")
+        zone = self._zones.get(name)
+        if zone:
+            try:
+                vm = self._compute.call(
+                    "Instances", "get", zone=zone, instance=self._wanted.vm or gce_name(name)
+                )
+            except ApiError as error:
+                if error.code != 404:
+                    raise
+                return None
+            found = [(zone, vm)]
+        else:
+            found = self._compute.listed(f"labels.{RUN}={run} AND labels.{ATTEMPT}={attempt}")
+        mine = [
+            (zone, vm) for zone, vm in found if (vm.labels.get(RUN), vm.labels.get(ATTEMPT)) == (run, attempt)
+        ]
+        return mine[0] if mine else None
+
+    def _described(self, zone: str, vm: Any) -> Instance:
+        run, attempt = vm.labels.get(RUN, ""), vm.labels.get(ATTEMPT, "0")
+        started, stopped = (_seconds(when) for when in (vm.last_start_timestamp, vm.last_stop_timestamp))
+        started = started or _seconds(vm.creation_timestamp) or time.time()
+        ended = None
+        if vm.status == "TERMINATED":
+            ended = stopped or time.time()
+            if str(int(ended)) == vm.labels.get(BEFORE):  # taken, and never started since
+                started = ended
+        spot = vm.scheduling.provisioning_model == "SPOT"
+        return Instance(
+            name=f"{run}-{attempt}",
+            run=run,
+            attempt=int(attempt),
+            deadline=timestamp(float(vm.labels.get(ENDS, "0"))),
+            started=started,
+            alive=vm.status != "TERMINATED",
+            ended=ended,
+            leftover=ended is not None and vm.labels.get(KEPT) != "yes",
+            price=known_price(_shape_of(vm), zone, spot) if self._price is None else self._price,
+        )
+
+
+def gce_name(name: str) -> str:
+    """The name of an attempt's machine: at most 63 of a-z, 0-9 and -, beginning with a letter."""
+    project, *rest = name.rsplit("-", 4)
+    tail = "-".join(["", *rest])
+    head = re.sub(r"[^a-z0-9]", "-", project)
+    head = head if head[:1].isalpha() else "run-" + head
+    return head[: 63 - len(tail)] + tail
+
+
+def _labels(boot: Boot, *, kept: bool) -> dict[str, str]:
+    ends = str(math.ceil(seconds_of(boot.deadline)))
+    labels = {RUN: boot.run, ATTEMPT: str(boot.attempt), ENDS: ends}
+    return {**labels, KEPT: "yes"} if kept else labels
+
+
+def _metadata(vm: Any) -> dict[str, str]:
+    return {item.key: item.value for item in vm.metadata.items}
+
+
+def _shape_of(vm: Any) -> Shape:
+    """The shape of a machine that is there, as `resolve` would have it."""
+    machine_type = vm.machine_type.rpartition("/")[2]
+    attached = [each for each in vm.guest_accelerators if machine_type.startswith("n1-")]
+    gpu = ""
+    if attached:
+        gpu = f"{attached[0].accelerator_type.rpartition('/')[2]}:{attached[0].accelerator_count}"
+    try:
+        return resolve(gpu, machine_type, True)
+    except UsageError:
+        return Shape(machine_type)
+
+
+def _seconds(text: str) -> float | None:
+    """RFC 3339 with an offset, as Compute Engine writes it; None for no time."""
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else None

@@ -1,0 +1,48 @@
+"""The startup script of a Compute Engine machine: it unpacks the guard and runs it, at every boot.
+
+The guard becomes a systemd unit of its own where systemd runs: a child of the startup script would not hear
+of a shutdown, and would lose the network first (google-startup-scripts.service has KillMode=process).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+PASSED_ON = ("STORAGE_EMULATOR_HOST",)
+GUARD = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "guard.py")
+SCRIPT = """#!/bin/sh
+# cloudrun: runs the guard of {instance}, which ends this machine.
+export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+end() {{ echo "CLOUDRUN-FATAL {instance} $1"; poweroff; sleep 60; exit 1; }}
+command -v python3 >/dev/null || end "this image has no python3"
+mkdir -p {folder} && cd {folder} || end "the disk cannot be written"
+cat >guard.py <<'END-OF-GUARD' || end "the disk cannot be written"
+{guard}
+END-OF-GUARD
+export CLOUDRUN_BOOT={boot} CLOUDRUN_ROLE=guard {environ}
+if [ -d /run/systemd/system ]; then
+    exec systemd-run --quiet --unit=cloudrun-guard --collect --working-directory={folder} \\
+        -p KillMode=mixed -p TimeoutStopSec=25 -p OOMScoreAdjust=-1000 -p StandardOutput=journal+console \\
+        {setenv} python3 -I -S guard.py
+fi
+exec python3 -I -S guard.py
+"""
+
+
+def startup_script(payload: Mapping[str, Any], environ: Mapping[str, str]) -> str:
+    """`payload` is CLOUDRUN_BOOT of cloudrun.formats; of our own `environ` the endpoints are passed on."""
+    with open(GUARD, encoding="utf-8") as file:
+        guard = file.read()
+    passed = {name: environ[name] for name in PASSED_ON if name in environ}
+    return SCRIPT.format(
+        instance=payload["instance"],
+        folder=shlex.quote(f"/var/lib/cloudrun/{payload['instance']}"),
+        guard=guard.rstrip(),
+        boot=shlex.quote(json.dumps(payload)),
+        environ=" ".join(f"{name}={shlex.quote(value)}" for name, value in passed.items()),
+        setenv=" ".join(f"--setenv={name}" for name in ("CLOUDRUN_BOOT", "CLOUDRUN_ROLE", "PATH", *passed)),
+    )

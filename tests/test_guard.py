@@ -268,9 +268,16 @@ def test_the_work_of_a_local_machine_is_removed_and_its_console_kept(tmp_path):
     assert guard.console()
 
 
-def test_is_short_and_fits_into_the_call_that_creates_a_machine():
-    source = GUARD.read_bytes()
-    assert len(source.splitlines()) <= 200  # test_architecture counts those that are code
+def without_docstrings(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+def test_fits_into_the_call_that_creates_a_machine():
+    """Comments and docstrings need not travel."""
+    source = ast.unparse(without_docstrings(ast.parse(GUARD.read_text()))).encode()
     boot = {
         "run": "p" * 41 + "-20260101-000000-abcd",
         "attempt": 12,

@@ -283,12 +283,8 @@ class GcpBackend:
             return
         self._asked[name] = now
         try:
-            if kept:
-                self._compute.call(
-                    "Instances", "stop_unary", zone=zone, instance=vm.name, discard_local_ssd=True
-                )
-            else:
-                self._compute.call("Instances", "delete_unary", zone=zone, instance=vm.name)
+            verb, more = ("stop_unary", {"discard_local_ssd": True}) if kept else ("delete_unary", {})
+            self._compute.begin(verb, zone, instance=vm.name, **more)
         except CloudrunError as error:
             del self._asked[name]
             if getattr(error, "code", None) != 404:

@@ -81,13 +81,16 @@ class Compute:
             time.sleep(pause)
             pause = min(2 * pause, 4.0)
 
+    def begin(self, method: str, zone: str, **request: Any) -> Any:
+        """The operation of a mutation. Its request id makes it happen once, however often it is tried."""
+        return self.call("Instances", method, zone=zone, request_id=str(uuid.uuid4()), **request)
+
     def change(self, method: str, zone: str, **request: Any) -> None:
-        """A mutation, done when its operation is. The same request id each time makes it happen once.
+        """A mutation, done when its operation is.
 
         Raises NoCapacity, QuotaExceeded or ApiError as the operation ended.
         """
-        request["request_id"] = str(uuid.uuid4())
-        operation = self.call("Instances", method, zone=zone, **request)
+        operation = self.begin(method, zone, **request)
         done, until = self._v1.Operation.Status.DONE, time.monotonic() + OPERATION_SECONDS
         while operation.status != done:
             if time.monotonic() > until:
@@ -116,8 +119,11 @@ class Compute:
 
     def _load(self) -> None:
         try:
+            import logging
+
             from google.cloud import compute_v1
 
+            logging.getLogger("google.auth").setLevel(logging.ERROR)  # what matters is raised as well
             self._v1 = compute_v1
             options = {"credentials": self._credentials()}
             if self._endpoint:

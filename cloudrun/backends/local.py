@@ -37,7 +37,7 @@ class LocalBackend:
 
     name = "local"
     pace = 0.02
-    appears_within = 0.0
+    appears_within = 0.2
 
     def __init__(self, price: float = 0.0) -> None:
         self._price, self.place = price, place(self.name, os.environ)
@@ -73,6 +73,8 @@ class LocalBackend:
         except OSError as error:
             raise CloudrunError(f"cannot start a machine on this computer: {error}") from None
         self._children.append(guard)
+        while guard.poll() is None and not _environ(guard.pid):  # exec has not come so far yet
+            time.sleep(0.001)
 
     def find(self, name: str) -> Instance | None:
         for child in self._children:
@@ -131,13 +133,12 @@ class LocalBackend:
         """(pid, the CLOUDRUN_ variables) of every process that belongs to an instance of this user."""
         ours = self._folder("")
         for pid in pids():
-            with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-                environ = file.read()
-                if b"CLOUDRUN_INSTANCE=" in environ:
-                    pairs = (item.partition("=") for item in os.fsdecode(environ).split("\0"))
-                    mark = {key: value for key, _, value in pairs if key.startswith("CLOUDRUN_")}
-                    if mark.get("CLOUDRUN_INSTANCE", "").startswith(ours):
-                        yield pid, mark
+            environ = _environ(pid)
+            if b"CLOUDRUN_INSTANCE=" in environ:
+                pairs = (item.partition("=") for item in os.fsdecode(environ).split("\0"))
+                mark = {key: value for key, _, value in pairs if key.startswith("CLOUDRUN_")}
+                if mark.get("CLOUDRUN_INSTANCE", "").startswith(ours):
+                    yield pid, mark
 
     def _members(self, name: str) -> tuple[set[int], set[int]]:
         """(guards, all others): what carries the mark, what descends from it, what works in its directory."""
@@ -147,6 +148,13 @@ class LocalBackend:
         parent_of = parents()
         others = set(marked) | below(marked, parent_of) | set(_working_in(folder))
         return guards & set(parent_of), (others & set(parent_of)) - guards - {os.getpid()}
+
+
+def _environ(pid: int) -> bytes:
+    """Nothing for a process that is gone, or somebody else's, or that exec is just making."""
+    with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+        return file.read()
+    return b""
 
 
 def _working_in(folder: str) -> Iterator[int]:

@@ -9,7 +9,10 @@ from importlib.util import MAGIC_NUMBER
 
 from cloudrun.cache import cache_path, keep, read
 
-SHARED = ("background", "errors", "formats", "processes", "storage/__init__", "storage/folder")
+SHARED = (
+    *("background", "errors", "formats", "gs", "processes"),
+    *("storage/__init__", "storage/folder", "storage/rest"),
+)
 MAIN = b"from cloudrun.agent.main import main\n\nmain()\n"
 UNCHECKED = (1).to_bytes(4, "little") + bytes(8)  # the flags of a .pyc and the hash that nobody compares
 

@@ -29,7 +29,8 @@ LAYERS = (
     ("backends",),
     ("backends.gcp_prices", "backends.gcp_shapes"),
     ("project", "config"),
-    ("storage.folder", "limits"),
+    ("storage.folder", "storage.gcs", "storage.rest", "limits"),
+    ("gs",),
     ("storage",),
     ("background", "cache", "formats", "processes"),
     ("errors",),
@@ -37,16 +38,25 @@ LAYERS = (
 )
 ITSELF = {("commands", "closing"), ("agent.", "agent.")}
 # A storage or a backend is imported by the one function that opens it; what is typed only is no import.
-OPENED = {("storage", "storage.folder"), ("backends", "backends.local"), ("backends", "backends.gcp")}
-AGENT_MAY = {"agent", "background", "formats", "errors", "processes", "storage"}
+OPENED = {
+    ("storage", "storage.folder"),
+    ("storage", "storage.gcs"),
+    ("storage", "storage.rest"),
+    ("backends", "backends.local"),
+    ("backends", "backends.gcp"),
+}
+AGENT_MAY = {"agent", "background", "formats", "errors", "gs", "processes", "storage"}
 SENT = (
     "background",
     "errors",
     "formats",
+    "gs",
     "processes",
     "storage",
     "storage.folder",
+    "storage.rest",
 )
+SPEAKS_TO_A_CLOUD = {"gs", "storage.gcs", "storage.rest"}
 
 CATCH_ALL = {
     "backends/gcp_api.py: call",  # what the SDK raises is translated: its own errors and other libraries'

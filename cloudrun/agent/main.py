@@ -34,7 +34,7 @@ def main() -> None:
     boot = json.loads(os.environ["CLOUDRUN_BOOT"])
     last_word = b"R"  # nothing is left to do on this machine
     try:
-        bucket, (name, sha256) = open_bucket(boot["bucket"]), boot["order"]
+        bucket, (name, sha256) = open_bucket(boot["bucket"], agent=True), boot["order"]
         order, _ = bucket.get(name)
         if hashlib.sha256(order).hexdigest() != sha256:
             raise Corrupt(f"{name} is damaged: its sha256 is not the one that this machine was given")

@@ -90,13 +90,24 @@ class Bucket(Protocol):
         """Remove what killed writers left behind."""
 
 
-def open_bucket(url: str) -> Bucket:
-    """The bucket of a URL: `file:///directory`. Raises UsageError for one that we cannot speak to."""
+def open_bucket(url: str, *, agent: bool = False) -> Bucket:
+    """The bucket of a URL: `file:///directory` or `gs://bucket/directory`. Raises UsageError for another.
+
+    `agent`: with nothing but the standard library, and the credentials of the machine.
+    """
     if url.startswith("file:///"):
         from cloudrun.storage.folder import FolderBucket
 
         return FolderBucket(url[len("file://") :])
-    raise UsageError(f"GCS_DIR={url}: this version keeps its bucket in a folder; use file:///DIRECTORY")
+    if url.startswith("gs://") and agent:
+        from cloudrun.storage.rest import RestBucket
+
+        return RestBucket(url)
+    if url.startswith("gs://"):
+        from cloudrun.storage.gcs import GcsBucket
+
+        return GcsBucket(url)
+    raise UsageError(f"GCS_DIR={url}: not gs://bucket/directory or file:///directory")
 
 
 def check_name(name: str) -> None:

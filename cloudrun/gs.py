@@ -1,0 +1,325 @@
+"""What every `gs://` bucket does, whoever speaks to Cloud Storage for it. Sent with the agent: Python 3.8.
+
+A generation is the version of an object, and generation 0 that of one that does not exist: see
+https://cloud.google.com/storage/docs/request-preconditions. Whoever sends a request again after a lost
+reply can meet its own write: each conditional write carries a writer's mark to recognise it by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from base64 import b64encode
+from collections import namedtuple
+from contextlib import suppress
+
+from cloudrun.errors import BucketError, BucketRefused, Conflict, Corrupt, Missing, UsageError
+from cloudrun.storage import MAX_NAME, MAX_OBJECT, check_name
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Iterable, Iterator
+
+PIECE = 1 << 20  # bytes of a download in one go
+ASK_FIRST = 1 << 20  # bytes; a smaller blob is sent as quickly as one asks whether it is there
+TRIES = 3  # for content that changes while it is read
+PATIENCE = 32.0  # seconds; https://cloud.google.com/storage/docs/retry-strategy
+TIMEOUT = (10.0, 40.0)  # seconds to connect, and for each answer: a rewrite may take 30
+MARK = "cloudrun-writer"  # in an object's metadata
+PASSING = {408, 429, 500, 502, 503, 504}
+RATES = {"rateLimitExceeded", "userRateLimitExceeded"}  # may come as 403 as well
+
+# What is known of an object, and an object that is being read: `pieces` may end early, without an error.
+Found = namedtuple("Found", "size md5 generation mark")
+Stream = namedtuple("Stream", "size md5 generation pieces close")
+
+
+class Beyond(BucketError):
+    """A range begins after the object's end."""
+
+    permanent = True
+
+
+class Changed(BucketError):
+    """What arrived is not what was announced."""
+
+
+class Outside(Exception):
+    """Something went wrong in the content that we were given, and not in the bucket."""
+
+
+class Patience:
+    """How long it is worth while to try again: so many seconds, with pauses that double."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end, self._pause = time.monotonic() + seconds, 0.1
+
+    def wait(self) -> bool:
+        """False if there is no time left, else a pause: a random one, so that not all come back at once."""
+        left = self._end - time.monotonic()
+        if left > 0:
+            time.sleep(min(left, self._pause * (0.5 + os.urandom(1)[0] / 512)))
+            self._pause = min(2 * self._pause, 8.0)
+        return left > 0
+
+
+class Content:
+    """Bytes whose size and hashes are known before they are sent; they are read again for each try."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces, self.size = pieces, 0
+        sha256, md5 = hashlib.sha256(), new_md5()
+        for piece in pieces:
+            sha256.update(piece)
+            md5.update(piece)
+            self.size += len(piece)
+        self.sha256, self.md5 = sha256.hexdigest(), b64encode(md5.digest()).decode()
+
+    def read(self, start: int = 0) -> Iterator[bytes | memoryview]:
+        """From here to what was the end. Raises Changed if it ends earlier, Outside for its own errors."""
+        at = 0
+        try:
+            for piece in self._pieces:
+                skipped = max(0, start - at)
+                at += len(piece)
+                if skipped < len(piece):
+                    yield memoryview(piece)[skipped : len(piece) - max(0, at - self.size)]
+                if at >= self.size:
+                    return
+        except OSError as error:
+            raise Outside(error) from None
+        if at < self.size:
+            raise Changed("what is being stored became shorter meanwhile; try again")
+
+
+class GsBucket:
+    """See cloudrun.storage.Bucket. How to speak to the service is left to who derives from this.
+
+    They raise what `problem` makes of an answer, and try again as long as it is worth while.
+    """
+
+    pace = 0.5
+    part_bytes = 32 << 20
+    workers = 8
+
+    def __init__(self, url: str, patience: float = PATIENCE) -> None:
+        self.bucket, _, prefix = url[len("gs://") :].rstrip("/").partition("/")
+        self.url, self._prefix = url.rstrip("/"), prefix + "/" if prefix else ""
+        self._patience = patience
+        try:
+            check_name(self.bucket + "/" + (prefix or "x"))
+        except ValueError:
+            raise UsageError(f"GCS_DIR={url!r}: not gs://bucket/directory") from None
+
+    # --- what the service can do; `generation` "" means any
+
+    def _find(self, path: str) -> Found | None:
+        raise NotImplementedError
+
+    def _open(self, path: str, start: int, stop: int | None, generation: str) -> Stream:
+        """Raises Missing or Beyond. Tries once: what was read of it must not be read again."""
+        raise NotImplementedError
+
+    def _insert(self, path: str, content: Content, generation: str, mark: str) -> str:
+        """The new generation. Raises Conflict, and Changed if the content is not what it was."""
+        raise NotImplementedError
+
+    def _list(self, prefix: str, delimiter: str) -> Iterator[tuple[list[str], list[str]]]:
+        """Page by page, names and the prefixes that end in the delimiter."""
+        raise NotImplementedError
+
+    def _rewrite(self, source: str, target: str) -> None:
+        raise NotImplementedError
+
+    def _remove(self, path: str) -> None:
+        raise NotImplementedError
+
+    # --- the contract
+
+    def get(self, name: str, most: int = MAX_OBJECT) -> tuple[bytes, str]:
+        path, patience = self._path(name), Patience(self._patience)
+        while True:
+            try:
+                stream = self._open(path, 0, None, "")
+                try:
+                    if stream.size > most:
+                        raise Corrupt(f"{name} is damaged: it has {stream.size} bytes")
+                    data = b"".join(stream.pieces)
+                finally:
+                    stream.close()
+                if len(data) == stream.size and stream.md5 in ("", md5_of(data)):
+                    return data, stream.generation
+                raise BucketError(f"{self.url}/{name} arrives damaged; try again")
+            except BucketError as error:
+                if error.permanent or not patience.wait():
+                    raise
+
+    def size(self, name: str) -> int | None:
+        found = self._find(self._path(name))
+        return None if found is None else int(found.size)
+
+    def chunks(self, name: str, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
+        path, patience = self._path(name), Patience(self._patience)
+        if length == 0 and self._find(path) is None:
+            raise Missing(f"there is no {name} in {self.url}")
+        at, generation = offset, ""
+        stop = None if length is None else offset + length
+        while stop is None or at < stop:
+            try:
+                stream = self._open(path, at, stop, generation)
+                generation, end = stream.generation, stream.size if stop is None else min(stop, stream.size)
+                try:
+                    for piece in stream.pieces:
+                        at += len(piece)
+                        patience = Patience(self._patience)
+                        yield piece
+                finally:
+                    stream.close()
+                if at >= end:
+                    break
+                raise BucketError(f"{self.url}/{name} arrives incomplete; try again")
+            except Beyond:
+                break
+            except BucketError as error:
+                if isinstance(error, Missing) and generation:
+                    raise BucketError(
+                        f"{self.url}/{name} was replaced while it was read; try again"
+                    ) from None
+                if error.permanent or not patience.wait():
+                    raise
+        if stop is not None and at < stop:
+            raise Corrupt(f"{self.url}/{name} is damaged: {stop - at} bytes are missing")
+
+    def create(self, name: str, content: bytes | Iterable[bytes]) -> bool:
+        body = Content([content if isinstance(content, bytes) else b"".join(content)])
+        path, mark = self._path(name), os.urandom(8).hex()
+        try:
+            self._insert(path, body, "0", mark)
+            return True
+        except Conflict:
+            found = self._find(path)
+            if found and found.mark == mark:
+                return True
+            if found and (found.size, found.md5) == (body.size, body.md5):
+                return False
+        raise Conflict(f"{name} exists already, with another content")
+
+    def put(self, name: str, data: bytes) -> None:
+        self._insert(self._path(name), Content([data]), "", "")
+
+    def swap(self, name: str, data: bytes, version: str | None) -> str:
+        path, mark = self._path(name), os.urandom(8).hex()
+        try:
+            return self._insert(path, Content([data]), version or "0", mark)
+        except Conflict:
+            found = self._find(path)
+            if found and found.mark == mark:  # the content alone could be that of somebody who was faster
+                return str(found.generation)
+        raise Conflict(f"{name} was replaced by somebody else")
+
+    def put_blob(self, prefix: str, content: Iterable[bytes], *, durable: bool = False) -> str:
+        for _ in range(TRIES):
+            body = Content(content)
+            path = self._path(prefix + body.sha256)
+            if body.size > ASK_FIRST and self._find(path):
+                return body.sha256
+            with suppress(Changed):
+                with suppress(Conflict):  # it is there
+                    self._insert(path, body, "0", "")
+                return body.sha256
+        raise BucketError(f"what {self.url}/{prefix} should hold changed while it was read; try again")
+
+    def copy(self, source: str, target: str) -> None:
+        self._rewrite(self._path(source), self._path(target))
+
+    def clone(self, name: str, path: str, offset: int) -> bool:
+        if self.size(name) is None:
+            raise Missing(f"there is no {name} in {self.url}")
+        return False
+
+    def names(self, prefix: str) -> Iterator[str]:
+        start = len(self._prefix)
+        for names, _ in self._list(
+            self._below(prefix), ""
+        ):  # a name that ends in a slash is a console's folder
+            yield from (name[start:] for name in names if not name.endswith("/"))
+
+    def dirs(self, prefix: str) -> list[str]:
+        below = self._below(prefix)
+        return [found[len(below) : -1] for _, page in self._list(below, "/") for found in page]
+
+    def delete(self, name: str) -> None:
+        with suppress(Missing):
+            self._remove(self._path(name))
+
+    def tidy(self) -> None:
+        """Nothing: what was not finished does not exist, and the service forgets it within a week."""
+
+    def _path(self, name: str) -> str:
+        try:
+            check_name(name)
+            if len((self._prefix + name).encode()) > MAX_NAME:
+                raise ValueError(name)
+        except ValueError:
+            raise BucketRefused(f"{self.url} cannot hold an object called {name!r}") from None
+        return self._prefix + name
+
+    def _below(self, prefix: str) -> str:
+        return self._path(prefix[:-1]) + "/" if prefix else self._prefix
+
+
+def problem(status: int, body: bytes, bucket: str, path: str) -> BucketError:
+    """What an answer that is no success means, in the service's own words, and what to do about it."""
+    words, reason = _words(body)
+    where = f"gs://{bucket}/{path}".rstrip("/")
+    if status == 404 and "bucket does not exist" in words:
+        make = f"make it (gcloud storage buckets create gs://{bucket}) or correct GCS_DIR"
+        return BucketRefused(f"there is no bucket gs://{bucket}: {make}")
+    if status == 400 and "match calculated" in words:
+        return Changed(f"{where} is not what was to be stored: {words}; try again")
+    if status in PASSING or reason in RATES:
+        return BucketError(f"Cloud Storage cannot answer for {where} now ({status} {words}); try again")
+    kinds = {404: Missing(f"there is no {where}"), 412: Conflict(f"{where} was changed by somebody else")}
+    kinds[416] = Beyond(f"{where} ends earlier")
+    return kinds.get(status) or BucketRefused(
+        f"Cloud Storage refuses {where}: {words}; {_advice(status, words)}"
+    )
+
+
+def _advice(status: int, words: str) -> str:
+    if "billing" in words.lower():
+        return "enable billing for the bucket's project, or choose another bucket with GCS_DIR"
+    if status == 401:
+        return "log in with `gcloud auth application-default login`; a machine needs a service account"
+    if status == 403:
+        return "the account in use needs the role roles/storage.objectAdmin on this bucket"
+    return f"correct GCS_DIR (status {status})"
+
+
+def _words(body: bytes) -> tuple[str, str]:
+    """(message, reason) of an answer in JSON, or in plain text as downloads are refused."""
+    try:
+        error: dict[str, Any] = json.loads(body)["error"]
+        return str(error["message"]), str(error["errors"][0]["reason"])
+    except (ValueError, LookupError, TypeError):
+        return body[:300].decode("utf-8", "replace").strip() or "no reason given", ""
+
+
+def hashes_of(header: str | None) -> dict[str, str]:
+    """Of `X-Goog-Hash: crc32c=...,md5=...`."""
+    pairs = (item.strip().partition("=") for item in (header or "").split(","))
+    return {name: value for name, _, value in pairs}
+
+
+def new_md5() -> Any:
+    """MD5 is what the service checks; where law forbids it as a signature it is allowed for this."""
+    return hashlib.md5(usedforsecurity=False) if sys.version_info >= (3, 9) else hashlib.md5()
+
+
+def md5_of(data: bytes) -> str:
+    md5 = new_md5()
+    md5.update(data)
+    return b64encode(md5.digest()).decode()

@@ -1,0 +1,195 @@
+"""A bucket of Google Cloud Storage through Google's own library, which knows every kind of credentials."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from cloudrun.errors import BucketError, BucketRefused, Missing, UsageError
+from cloudrun.gs import (
+    MARK,
+    PATIENCE,
+    PIECE,
+    TIMEOUT,
+    Content,
+    Found,
+    GsBucket,
+    Outside,
+    Stream,
+    hashes_of,
+    problem,
+)
+
+UPLOAD_PIECE = 8 << 20  # bytes that the library keeps in memory for each upload
+LOGIN = "log in with `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class GcsBucket(GsBucket):
+    """See cloudrun.storage.Bucket. `credentials`: of google.auth; the default ones otherwise."""
+
+    def __init__(self, url: str, patience: float = PATIENCE, credentials: Any = None) -> None:
+        super().__init__(url, patience)
+        # The library would look the bucket up in the background, with a permission that we do not need.
+        os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
+        try:
+            from google.cloud import storage
+            from google.cloud.storage.retry import DEFAULT_RETRY
+        except ImportError:
+            raise UsageError(f"GCS_DIR={url} needs Google's library: pip install 'cloudrun[gcp]'") from None
+        self._retry = DEFAULT_RETRY.with_delay(0.1, 8.0, 2.0).with_timeout(patience)
+        with self._translated(""):
+            self._client = storage.Client(project=None, credentials=credentials or _credentials())
+            _widen(self._client._http, 2 * self.workers)
+        self._bucket = self._client.bucket(self.bucket)
+
+    def _find(self, path: str) -> Found | None:
+        blob = self._blob(path)
+        try:
+            with self._translated(path):
+                blob.reload(timeout=TIMEOUT, retry=self._retry)
+        except Missing:
+            return None
+        return Found(blob.size, blob.md5_hash, str(blob.generation), (blob.metadata or {}).get(MARK, ""))
+
+    def _open(self, path: str, start: int, stop: int | None, generation: str) -> Stream:
+        url = f"{self._client.api_endpoint}/download/storage/v1{self._blob(path).path}"
+        headers = {"Accept-Encoding": "identity"}
+        if start or stop is not None:
+            headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+        query = {"alt": "media", **({"generation": generation} if generation else {})}
+        with self._translated(path):
+            answer = self._client._http.get(url, params=query, headers=headers, stream=True, timeout=TIMEOUT)
+            if answer.status_code >= 300:
+                raise problem(answer.status_code, answer.content, self.bucket, path)
+        found = answer.headers
+        size = found.get("Content-Range", "/" + found.get("Content-Length", "0")).rpartition("/")[2]
+        md5 = hashes_of(found.get("X-Goog-Hash")).get("md5", "")
+        return Stream(
+            int(size), md5, found.get("X-Goog-Generation", ""), self._pieces(path, answer), answer.close
+        )
+
+    def _pieces(self, path: str, answer: Any) -> Iterator[bytes]:
+        with self._translated(path):
+            yield from answer.iter_content(PIECE)
+
+    def _insert(self, path: str, content: Content, generation: str, mark: str) -> str:
+        blob = self._blob(path)
+        blob.md5_hash = content.md5  # of the first reading: the service refuses what has changed since
+        if mark:
+            blob.metadata = {MARK: mark}
+        with self._translated(path):
+            blob.upload_from_file(
+                _File(content),
+                size=content.size,
+                content_type="application/octet-stream",
+                if_generation_match=int(generation) if generation else None,
+                checksum=None,
+                timeout=TIMEOUT,
+                retry=self._retry,
+            )
+        return str(blob.generation)
+
+    def _list(self, prefix: str, delimiter: str) -> Iterator[tuple[list[str], list[str]]]:
+        fields = "prefixes,nextPageToken" if delimiter else "items(name),nextPageToken"
+        with self._translated(prefix):
+            found = self._client.list_blobs(
+                self._bucket,
+                prefix=prefix or None,
+                delimiter=delimiter or None,
+                fields=fields,
+                timeout=TIMEOUT,
+                retry=self._retry,
+            )
+            for page in found.pages:
+                yield [blob.name for blob in page], list(page.prefixes)
+
+    def _rewrite(self, source: str, target: str) -> None:
+        token, blob = None, self._blob(target)
+        with self._translated(source):
+            while True:
+                token, _, _ = blob.rewrite(
+                    self._blob(source), token=token, timeout=TIMEOUT, retry=self._retry
+                )
+                if token is None:
+                    return
+
+    def _remove(self, path: str) -> None:
+        with self._translated(path):
+            self._blob(path).delete(timeout=TIMEOUT, retry=self._retry)
+
+    def _blob(self, path: str) -> Any:
+        return self._bucket.blob(path, chunk_size=UPLOAD_PIECE)
+
+    @contextmanager
+    def _translated(self, path: str) -> Iterator[None]:
+        from google.api_core.exceptions import GoogleAPICallError, RetryError
+        from google.auth.exceptions import GoogleAuthError, TransportError
+        from requests import RequestException
+
+        try:
+            yield
+        except Outside as outside:
+            raise outside.args[0] from None
+        except RetryError as error:
+            raise self._problem(error.cause, path) from None
+        except (GoogleAPICallError, TransportError, RequestException, ConnectionError) as error:
+            raise self._problem(error, path) from None
+        except GoogleAuthError as error:
+            raise BucketRefused(f"{self.url} needs Google credentials: {error}; {LOGIN}") from None
+
+    def _problem(self, error: Any, path: str) -> BucketError:
+        answer = getattr(error, "response", None)
+        if answer is not None:
+            return problem(answer.status_code, answer.content, self.bucket, path)
+        return BucketError(f"cannot reach Cloud Storage for {self.url}: {error}; try again")
+
+
+class _File:
+    """Content as the library wants to read it: so many bytes at a time, and never from the start again."""
+
+    def __init__(self, content: Content) -> None:
+        self._pieces, self._rest, self._at = content.read(), memoryview(b""), 0
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, wanted: int) -> bytes:
+        parts, left = [], wanted
+        while left:
+            if not self._rest:
+                self._rest = memoryview(next(self._pieces, b""))
+                if not self._rest:
+                    break
+            parts.append(self._rest[:left])
+            self._rest = self._rest[left:]
+            left -= len(parts[-1])
+        self._at += wanted - left
+        return b"".join(parts)
+
+
+def _credentials() -> Any:
+    """None: the default ones. An emulator on this computer gets real ones only if somebody named them."""
+    import google.auth
+    from google.auth.credentials import AnonymousCredentials
+
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
+    named = {"GOOGLE_APPLICATION_CREDENTIALS", "GCE_METADATA_HOST"} & set(os.environ)
+    if urlsplit(emulator).hostname in LOOPBACK and not named:
+        return AnonymousCredentials()
+    return google.auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_write"])[0]
+
+
+def _widen(session: Any, connections: int) -> None:
+    """As many connections as threads: the library keeps 10, and throws away and warns beyond that.
+
+    https://github.com/googleapis/python-storage/issues/253
+    """
+    from requests.adapters import HTTPAdapter
+
+    for each, tries in ((session, 0), (session._auth_request.session, 3)):  # as many as the library's own
+        for scheme in ("https://", "http://"):
+            each.mount(scheme, HTTPAdapter(pool_maxsize=connections, max_retries=tries))

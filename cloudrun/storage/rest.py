@@ -1,0 +1,331 @@
+"""A bucket of Cloud Storage without Google's library, for the machine. Sent with the agent: Python 3.8.
+
+https://cloud.google.com/storage/docs/json_api/v1 and .../docs/performing-resumable-uploads
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import threading
+import time
+from collections import deque, namedtuple
+from contextlib import suppress
+from urllib.parse import quote, urlencode, urlsplit
+
+from cloudrun.errors import BucketError, BucketRefused, Missing
+from cloudrun.gs import (
+    MARK,
+    PASSING,
+    PATIENCE,
+    PIECE,
+    TIMEOUT,
+    Changed,
+    Content,
+    Found,
+    GsBucket,
+    Outside,
+    Patience,
+    Stream,
+    hashes_of,
+    problem,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Iterator
+
+ONE_REQUEST = 8 << 20  # bytes; more go into a session, which loses little when the connection is cut
+BINARY = "application/octet-stream"
+TOKEN = "/computeMetadata/v1/instance/service-accounts/default/token"
+FRESH_SECONDS = 240.0  # the metadata server has a new token when the old one is good for 5 minutes
+LOST = (OSError, http.client.HTTPException)  # what a connection dies of
+
+NOTHING = Content([])
+
+Answer = namedtuple("Answer", "status headers body")
+
+
+class RestBucket(GsBucket):
+    """See cloudrun.storage.Bucket."""
+
+    def __init__(self, url: str, patience: float = PATIENCE) -> None:
+        super().__init__(url, patience)
+        emulator = os.environ.get("STORAGE_EMULATOR_HOST")
+        self._wire = Wire(emulator or "https://storage.googleapis.com")
+        metadata = os.environ.get("GCE_METADATA_HOST") or ("" if emulator else "metadata.google.internal")
+        self._token = Token(metadata, f"gs://{self.bucket}")
+
+    def _find(self, path: str) -> Found | None:
+        query = {"fields": "size,md5Hash,generation,metadata"}
+        try:
+            found = json.loads(self._ask("GET", self._object(path), path, query).body)
+        except Missing:
+            return None
+        mark = found.get("metadata", {}).get(MARK, "")
+        return Found(int(found["size"]), found.get("md5Hash", ""), found["generation"], mark)
+
+    def _open(self, path: str, start: int, stop: int | None, generation: str) -> Stream:
+        query = {"alt": "media", **({"generation": generation} if generation else {})}
+        headers = {}
+        if start or stop is not None:
+            headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+        target = f"/download{self._object(path)}?{urlencode(query)}"
+        exchange = self._send("GET", target, headers)
+        if exchange.status >= 300:
+            raise self._refusal(self._whole(exchange), path)
+        found = exchange.headers
+        size = found.get("Content-Range", "/" + found.get("Content-Length", "0")).rpartition("/")[2]
+        md5 = hashes_of(found.get("X-Goog-Hash")).get("md5", "")
+        return Stream(
+            int(size), md5, found.get("X-Goog-Generation", ""), self._pieces(exchange), exchange.close
+        )
+
+    def _pieces(self, exchange: Exchange) -> Iterator[bytes]:
+        try:
+            while piece := exchange.read(PIECE):
+                yield piece
+        except LOST as error:
+            raise self._unreachable(error) from None
+
+    def _insert(self, path: str, content: Content, generation: str, mark: str) -> str:
+        described: dict[str, object] = {"name": path, "md5Hash": content.md5, "contentType": BINARY}
+        if mark:
+            described["metadata"] = {MARK: mark}
+        query = {"fields": "generation", **({"ifGenerationMatch": generation} if generation else {})}
+        send = self._in_a_session if content.size > ONE_REQUEST else self._at_once
+        answer = send(path, content, query, json.dumps(described).encode())
+        return str(json.loads(answer.body)["generation"])
+
+    def _at_once(self, path: str, content: Content, query: dict[str, str], described: bytes) -> Answer:
+        boundary = os.urandom(16).hex()
+        head = f"--{boundary}\r\nContent-Type: application/json\r\n\r\n".encode() + described
+        head += f"\r\n--{boundary}\r\nContent-Type: {BINARY}\r\n\r\n".encode()
+        tail = f"\r\n--{boundary}--\r\n".encode()
+        headers = {"Content-Type": f'multipart/related; boundary="{boundary}"'}
+        headers["Content-Length"] = str(len(head) + content.size + len(tail))
+        body = Body(head, content, 0, tail)
+        query = {"uploadType": "multipart", **query}
+        return self._ask("POST", self._uploads(), path, query, headers, body)
+
+    def _in_a_session(self, path: str, content: Content, query: dict[str, str], described: bytes) -> Answer:
+        """Send what is missing, and after a cut ask how much that is. A session that is gone begins anew."""
+        patience, at = Patience(self._patience), 0
+        session = self._begin(path, query, described)
+        while True:
+            answer = self._put(session, at, content, patience)
+            if answer.status < 300:
+                return answer
+            now = int(answer.headers.get("Range", "bytes=0--1").partition("-")[2]) + 1
+            if answer.status == 308 and now > at:
+                patience, at = Patience(self._patience), now
+                continue
+            if answer.status not in {308, 404, 410, *PASSING}:
+                raise self._refusal(answer, path)
+            if not patience.wait():
+                raise problem(503, b"the upload does not get on", self.bucket, path)
+            if answer.status in (404, 410):
+                session, at = self._begin(path, query, described), 0
+
+    def _begin(self, path: str, query: dict[str, str], described: bytes) -> str:
+        headers = {"Content-Type": "application/json", "X-Upload-Content-Type": BINARY}
+        query = {"uploadType": "resumable", **query}
+        answer = self._ask("POST", self._uploads(), path, query, headers, described)
+        place = urlsplit(answer.headers["Location"])
+        return f"{place.path}?{place.query}"
+
+    def _put(self, session: str, at: int, content: Content, patience: Patience) -> Answer:
+        """One attempt to send all from here on; if the connection is lost, what the session says it has."""
+        size, body = content.size, Body(b"", content, at, b"")
+        headers = {"Content-Range": f"bytes {at}-{size - 1}/{size}", "Content-Length": str(size - at)}
+        while True:
+            try:
+                return self._whole(self._send("PUT", session, headers, body))
+            except BucketError as error:
+                if isinstance(error, Changed) or not patience.wait():
+                    raise
+            headers, body = (
+                {"Content-Range": f"bytes */{size}", "Content-Length": "0"},
+                Body(b"", NOTHING, 0, b""),
+            )
+
+    def _list(self, prefix: str, delimiter: str) -> Iterator[tuple[list[str], list[str]]]:
+        query = {"prefix": prefix, "delimiter": delimiter, "fields": "items(name),prefixes,nextPageToken"}
+        while True:
+            wanted = {key: value for key, value in query.items() if value}
+            page = json.loads(self._ask("GET", f"/storage/v1/b/{self.bucket}/o", prefix, wanted).body)
+            yield [item["name"] for item in page.get("items", ())], page.get("prefixes", [])
+            if not page.get("nextPageToken"):
+                return
+            query["pageToken"] = page["nextPageToken"]
+
+    def _rewrite(self, source: str, target: str) -> None:
+        query = {"fields": "rewriteToken,done"}
+        where = f"{self._object(source)}/rewriteTo/b/{self.bucket}/o/{quote(target, safe='')}"
+        while True:
+            headers = {"Content-Length": "0"}
+            answer = json.loads(self._ask("POST", where, source, query, headers).body)
+            if answer.get("done"):
+                return
+            query["rewriteToken"] = answer["rewriteToken"]
+
+    def _remove(self, path: str) -> None:
+        self._ask("DELETE", self._object(path), path)
+
+    # --- requests
+
+    def _object(self, path: str) -> str:
+        return f"/storage/v1/b/{self.bucket}/o/{quote(path, safe='')}"
+
+    def _uploads(self) -> str:
+        return f"/upload/storage/v1/b/{self.bucket}/o"
+
+    def _ask(
+        self,
+        method: str,
+        target: str,
+        path: str,
+        query: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+        body: Any = b"",
+    ) -> Answer:
+        """Again and again, as long as it is worth while. Every request here may be sent twice."""
+        patience, where = Patience(self._patience), f"{target}?{urlencode(query or {})}"
+        while True:
+            try:
+                answer = self._whole(self._send(method, where, headers or {}, body))
+                if answer.status < 300:
+                    return answer
+                raise self._refusal(answer, path)
+            except BucketError as error:
+                if error.permanent or isinstance(error, Changed) or not patience.wait():
+                    raise
+
+    def _send(self, method: str, target: str, headers: dict[str, str], body: Any = b"") -> Exchange:
+        headers = {**headers, **self._token.header()}
+        try:
+            return self._wire.send(method, target, headers, body)
+        except Outside as outside:
+            raise outside.args[0] from None
+        except LOST as error:
+            raise self._unreachable(error) from None
+
+    def _whole(self, exchange: Exchange) -> Answer:
+        try:
+            return Answer(exchange.status, exchange.headers, exchange.read())
+        except LOST as error:
+            raise self._unreachable(error) from None
+        finally:
+            exchange.close()
+
+    def _refusal(self, answer: Answer, path: str) -> BucketError:
+        if answer.status == 401 and self._token.forget():
+            return BucketError(f"the token for {self.url} has expired; try again")
+        return problem(answer.status, answer.body, self.bucket, path)
+
+    def _unreachable(self, error: Exception) -> BucketError:
+        return BucketError(f"cannot reach Cloud Storage for {self.url}: {error!r}; try again")
+
+
+class Body:
+    """A request's body, read anew for each try."""
+
+    def __init__(self, head: bytes, content: Content, start: int, tail: bytes) -> None:
+        self._head, self._content, self._start, self._tail = head, content, start, tail
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        yield self._head
+        yield from self._content.read(self._start)
+        yield self._tail
+
+
+class Wire:
+    """Connections to one host that stay open between requests. Safe to use from several threads."""
+
+    def __init__(self, url: str) -> None:
+        place = urlsplit(url)
+        self._host, self._context = place.netloc, None
+        if place.scheme == "https":
+            import ssl
+
+            self._context = ssl.create_default_context()
+        self._idle: deque[http.client.HTTPConnection] = deque()
+
+    def send(self, method: str, target: str, headers: dict[str, str], body: bytes | Body) -> Exchange:
+        connection = self._connection()
+        try:
+            if connection.sock is None:
+                connection.connect()
+            connection.sock.settimeout(TIMEOUT[1])  # it was shorter for the connecting
+            connection.request(method, target, body or None, headers)
+            return Exchange(connection, connection.getresponse(), self._idle)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _connection(self) -> http.client.HTTPConnection:
+        with suppress(IndexError):
+            return self._idle.pop()
+        if self._context is not None:
+            return http.client.HTTPSConnection(self._host, timeout=TIMEOUT[0], context=self._context)
+        return http.client.HTTPConnection(self._host, timeout=TIMEOUT[0])
+
+
+class Exchange:
+    """A request that is being answered. A connection that nothing is left to read from is used again."""
+
+    def __init__(self, connection: http.client.HTTPConnection, response: Any, idle: Any) -> None:
+        self._connection, self._response, self._idle = connection, response, idle
+        self.status, self.headers, self.read = response.status, response.headers, response.read
+
+    def close(self) -> None:
+        if self._response.isclosed() and not self._response.will_close:
+            self._idle.append(self._connection)
+        else:
+            self._connection.close()
+
+
+class Token:
+    """An access token of the machine's service account, and a new one before it expires.
+
+    https://cloud.google.com/compute/docs/access/authenticate-workloads#applications
+    """
+
+    def __init__(self, host: str, wanted: str) -> None:
+        self._host, self._wanted = host, wanted
+        self._lock, self._value = threading.Lock(), ""
+        self._born, self._until = 0.0, 0.0
+
+    def header(self) -> dict[str, str]:
+        if not self._host:
+            return {}
+        with self._lock:
+            if time.monotonic() > self._until:
+                self._fetch()
+            return {"Authorization": f"Bearer {self._value}"}
+
+    def forget(self) -> bool:
+        """Ask for another one the next time; False if this one is new."""
+        with self._lock:
+            aged = bool(self._host) and self._born + 5 < time.monotonic()
+            if aged:
+                self._until = 0.0
+            return aged
+
+    def _fetch(self) -> None:
+        try:
+            connection = http.client.HTTPConnection(self._host, timeout=TIMEOUT[0])
+            connection.request("GET", TOKEN, headers={"Metadata-Flavor": "Google"})
+            response = connection.getresponse()
+            status, body = response.status, response.read()
+            connection.close()
+        except LOST as error:
+            raise BucketError(f"the metadata server does not answer: {error!r}; try again") from None
+        if status == 404:
+            raise BucketRefused(f"this machine has no service account, and {self._wanted} needs one: set it")
+        if status != 200:
+            raise BucketError(f"the metadata server gives no token (status {status}); try again")
+        found = json.loads(body)
+        self._value, self._born = found["access_token"], time.monotonic()
+        self._until = self._born + max(found["expires_in"] - FRESH_SECONDS, 1.0)

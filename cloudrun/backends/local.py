@@ -25,6 +25,7 @@ from cloudrun.processes import below, parents, pids, remove_tree, send, stat_of
 PASSED_ON = (
     *("HOME", "PATH", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "VIRTUAL_ENV"),
     *("CONDA_PREFIX", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "XDG_CACHE_HOME"),
+    *("STORAGE_EMULATOR_HOST", "GCE_METADATA_HOST"),  # where the bucket is, and who speaks for us there
 )
 BOOT_SECONDS = 1.0
 KEPT_SECONDS = 45 * 24 * 3600.0  # what a machine left behind; no run takes that long

@@ -14,8 +14,7 @@ import sys
 import time
 
 
-def now():
-    """Seconds since boot, time asleep included: no wrong or changed clock moves a deadline."""
+def now():  # seconds since boot, time asleep included: no wrong or changed clock moves a deadline
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -45,15 +44,42 @@ def protect():
     quietly(write, "/proc/self/oom_score_adj", b"-1000")  # only root may
 
 
+def get(url, tries=6, **headers):
+    """What is behind a URL; a machine that has just booted may have no network yet."""
+    import urllib.request  # not before: it costs every start some milliseconds
+
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, None, headers), timeout=30).read()
+    except Exception as error:
+        if tries == 1 or getattr(error, "code", 500) < 429:
+            raise
+        time.sleep(2 ** (6 - tries))
+        return get(url, tries - 1, **headers)
+
+
+def fetch(bucket, name):
+    """An object; from Cloud Storage as the service account of this machine, unless that is emulated."""
+    if bucket.startswith("file://"):
+        with open(os.path.join(bucket[7:], name), "rb") as file:
+            return file.read()
+    storage, metadata = map(os.environ.get, ("STORAGE_EMULATOR_HOST", "GCE_METADATA_HOST"))
+    bucket, name = f"{bucket[5:]}/{name}".split("/", 1)
+    url = f"{storage or 'https://storage.googleapis.com'}/download/storage/v1/b/{bucket}/o/"
+    url += "".join(f"%{byte:02X}" for byte in name.encode()) + "?alt=media"
+    if storage and not metadata:
+        return get(url)
+    place = f"http://{metadata or 'metadata.google.internal'}/computeMetadata/v1/instance/service-accounts"
+    token = json.loads(get(f"{place}/default/token", **{"Metadata-Flavor": "Google"}))
+    return get(url, Authorization="Bearer " + token["access_token"])
+
+
 def start_agent(boot, end_at):
     """Return the agent's pid and the pipe that tells how it is; only the agent holds the other end."""
-    name, sha256 = boot["agent"]
-    with open(os.path.join(boot["bucket"][len("file://") :], name), "rb") as file:
-        data = file.read()
+    (name, sha256), (reading, writing) = boot["agent"], os.pipe()
+    data = fetch(boot["bucket"], name)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"the agent in the bucket, {name}, is damaged: delete it and run again")
     write("agent.pyz", data)
-    reading, writing = os.pipe()
     os.set_inheritable(writing, True)
     env = dict(os.environ, CLOUDRUN_ROLE="agent", CLOUDRUN_GUARD=str(writing))
     env["CLOUDRUN_BOOT"] = json.dumps(dict(boot, left=end_at - now()))

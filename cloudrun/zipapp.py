@@ -36,6 +36,17 @@ def agent_archive() -> bytes:
     return data
 
 
+def slim(source: str) -> str:
+    """A program without what only people read: the call that creates a vast.ai machine holds 4,096 bytes."""
+    import ast
+
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.unparse(tree)
+
+
 def _build(sources: dict[str, bytes]) -> bytes:
     """With bytecode for a machine with this Python, which starts 20 ms sooner; another one ignores it."""
     import io

@@ -47,26 +47,19 @@ def see_ended(backend: Backend, name: str, patience: Patience, *, layer: str) ->
 
     Raises StillRunning, with what to do by hand, if that cannot be seen in time.
     """
-    began, last = time.monotonic(), None
-    errors, stopped_by = [], layer
+    began, last, errors, stopped = time.monotonic(), None, [], False
     appears = began + (backend.appears_within if patience.doubtful else 0.0)
-    graceful = began + patience.grace
     while True:
         try:
             instance = backend.find(name)
             last = instance or last
-            if last and last.ended is not None and graceful:
-                if time.monotonic() < graceful:
-                    said = "agent" if last.why == "the run is finished" else "guard"
-                    stopped_by = said if last.why else patience.itself
-                graceful = 0.0
-            if instance is None or (instance.ended is not None and not instance.leftover):
-                backend.stop(name)  # nothing is left to end; this frees what the machine left behind
-                if last or time.monotonic() >= appears:
-                    return _seen_ended(backend, name, last, stopped_by)
-            elif time.monotonic() > graceful or not instance.alive:
-                graceful = 0.0
-                backend.stop(name)
+            gone = instance is None or (instance.ended is not None and not instance.leftover)
+            if gone or stopped or time.monotonic() > began + patience.grace or not last or not last.alive:
+                stopped = stopped or (instance is not None and instance.ended is None)
+                backend.stop(name)  # also of what is gone: this frees what it left behind
+            if gone and (last or time.monotonic() >= appears):
+                itself = patience.itself if last is None or not last.why else _who_said(last.why)
+                return _seen_ended(backend, name, last, layer if stopped or not last else itself)
         except Exception as error:  # whatever it is, it must not keep us from trying again
             errors.append(str(error))
         if time.monotonic() > max(began + patience.grace, appears) + patience.limit:
@@ -75,6 +68,10 @@ def see_ended(backend: Backend, name: str, patience: Patience, *, layer: str) ->
                 f"end it by hand: {backend.by_hand(name)}"
             )
         time.sleep(backend.pace)
+
+
+def _who_said(why: str) -> str:
+    return "agent" if why == "the run is finished" else "guard"
 
 
 def _seen_ended(backend: Backend, name: str, last: Instance | None, layer: str) -> Ended:

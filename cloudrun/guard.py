@@ -13,9 +13,19 @@ import signal
 import sys
 import time
 
+START_SECONDS = 240
+
 
 def now():  # seconds since boot, time asleep included: no wrong or changed clock moves a deadline
     return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Late(BaseException):
+    """Whoever tries again must not catch it."""
+
+
+def late(*_):
+    raise Late("the agent could not be started in time")
 
 
 def quietly(act, *arguments):
@@ -169,12 +179,15 @@ def main():
         signal.signal(name, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
+        signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, min(boot["left"], START_SECONDS))  # a network can hang for ever
         agent, pipe = start_agent(boot, started + boot["left"])
+        signal.setitimer(signal.ITIMER_REAL, 0)
         protect()  # ourselves alone: the agent and main.py may be killed for their memory
         signal.signal(signal.SIGTERM, lambda *_: quietly(os.kill, agent, signal.SIGTERM))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         why = watch(boot, agent, pipe, started + boot["left"])
-    except Exception as error:  # whatever it is, the machine has to end
+    except (Exception, Late) as error:  # whatever it is, the machine has to end
         why = f"CLOUDRUN-FATAL {boot.get('instance')} {error}"
     if not why:
         return None

@@ -48,17 +48,17 @@ def sweep(backend: Backend, bucket: Bucket, report: Report) -> None:
         raise StillRunning("\n".join(still))
 
 
-def overdue(instance: Instance, limits: dict[str, float], receipt: dict[str, Any] | None) -> str:
-    """Why a machine has to be ended by whoever sees it; empty if it need not be."""
+def overdue(instance: Instance, limits: dict[str, float], receipt: dict[str, Any] | None) -> tuple[str, str]:
+    """(as in Seen.how, why) of a machine that has to be ended by whoever sees it; empty if it need not be."""
     if not instance.alive:
-        return "whose guard and agent are gone"
+        return "gone", "whose guard and agent are gone"
     with suppress(Corrupt):
         if receipt and time.time() - seconds_of(receipt["ended"]) > 2 * limits["self_end"]:
-            return "which had finished, and did not end itself"
+            return "finished", "which had finished, and did not end itself"
         late = time.time() - seconds_of(instance.deadline)
         if late > limits["provider"]:
-            return f"{late / 60:.0f} min past its deadline"
-    return ""
+            return "overdue", f"{late / 60:.0f} min past its deadline"
+    return "", ""
 
 
 class _Visit:
@@ -67,7 +67,7 @@ class _Visit:
     def __init__(self, backend: Backend, bucket: Bucket, report: Report, run: str) -> None:
         self.backend, self.bucket, self.report, self.run = backend, bucket, report, run
         self.ended: dict[str, Ended] = {}
-        self.console = ""
+        self.console, self.how = "", "gone"
 
     def pay(self, project: str | None, machines: list[Instance]) -> None:
         """Raises CloudrunError, StillRunning among them."""
@@ -78,8 +78,9 @@ class _Visit:
             receipt = read_receipt(self.bucket, prefix) if order else None
         limits = order.limits if order else DEFAULTS
         for instance in machines:
-            why, name = overdue(instance, limits, receipt), instance.name
-            if why:
+            (how, why), name = overdue(instance, limits, receipt), instance.name
+            if how:
+                self.how = how
                 with suppress(CloudrunError):
                     self.console = self.backend.console(name)
                 self.ended[name] = see_ended(self.backend, name, Patience(0, limits["stop"]), layer="sweep")
@@ -112,7 +113,7 @@ class _Visit:
         end = attempt_object(self.bucket, order, attempt, "end")
         console = self.console or self.backend.console(f"{order.run}-{attempt}")
         began = state.get("phase") in ("run", "save")
-        how = "gone" if not end else "shutdown" if end.get("reason") == "shutdown" else "preempted"
+        how = self.how if not end else "shutdown" if end.get("reason") == "shutdown" else "preempted"
         seen = Seen(how, console=console, began=began)
         return conclude(self.bucket, order, seen)
 

@@ -56,8 +56,6 @@ SENT = (
     "storage.folder",
     "storage.rest",
 )
-SPEAKS_TO_A_CLOUD = {"gs", "storage.gcs", "storage.rest"}
-
 CATCH_ALL = {
     "backends/gcp_api.py: call",  # what the SDK raises is translated: its own errors and other libraries'
     "backends/gcp_api.py: listed",  # the same

@@ -13,7 +13,7 @@ from functools import partial
 
 from cloudrun.agent.fetch import Fetch
 from cloudrun.agent.log import Log
-from cloudrun.agent.machine import driver_trouble, identity
+from cloudrun.agent.machine import driver_trouble, identity, power_off
 from cloudrun.agent.program import Program, steps
 from cloudrun.agent.save import Saver
 from cloudrun.agent.watch import Task, Watch, insist, now, said, stamp
@@ -47,7 +47,10 @@ def main() -> None:
     except Exception as error:
         print(f"CLOUDRUN-FATAL {boot['instance']} {said(error)}", flush=True)
     finally:
-        os.write(int(os.environ["CLOUDRUN_GUARD"]), last_word)
+        try:
+            os.write(int(os.environ["CLOUDRUN_GUARD"]), last_word)
+        except BrokenPipeError:  # there is no guard who could end the machine
+            power_off(boot)
         os._exit(0)  # nothing is worth waiting for, not even a thread that hangs in the bucket
 
 

@@ -82,7 +82,7 @@ class GcpBackend:
         self.place = place(self.name, settings.vm)
         self.pace, self.appears_within = settings.limits["look"], settings.limits["appears"]
         self._compute = Compute(settings.vm["GCLOUD_PROJECT"], os.environ)
-        self._boot_seconds = 0.3 * settings.limits["boot"]
+        self._boot_seconds = settings.limits["boot_least"]
         self._full: set[str] = set()  # regions without quota
         self._zones: dict[str, str] = {}  # of the machines that were made here
         self._asked: dict[str, float] = {}

@@ -75,6 +75,10 @@ class Meter:
         with self._clock.changed:
             return [name for name, found in self._intervals.items() if found and found[-1].end is None]
 
+    def names(self) -> list[str]:
+        """Of all machines that were ever billed."""
+        return list(self._intervals)
+
     def seconds(self, name: str) -> float:
         """How long it ran, to the moment."""
         now = self._clock.now()

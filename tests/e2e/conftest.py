@@ -1,16 +1,18 @@
 """A project and its client as real processes, with a meter beside the machine."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
+import tempfile
 from contextlib import suppress
 
 import pytest
-from machine import ROOT, SHORT, signal_all, wait_until, with_role
+from cloud import machines
+from gce import need_client
+from machine import ROOT, SHORT, wait_until, with_role
 from meter import Meter
+from places import GcpPlace, LocalPlace
 
 LIMITS = {
     **SHORT,
@@ -26,11 +28,12 @@ LIMITS = {
 class Machinery:
     """A project directory, an account that has nothing else, and what runs there."""
 
-    def __init__(self, top):
+    def __init__(self, top, place=None):
         self.top = top
         self.project = top / "home" / "digits"
         self.project.mkdir(parents=True)
-        self.meter = Meter(top)
+        self.place = place or LocalPlace(top, Meter(top), lambda name: with_role(name, top))
+        self.meter = self.place.meter
         self.clients = []
 
     def main(self, text):
@@ -40,6 +43,7 @@ class Machinery:
     def environ(self, **variables):
         limits = {
             **LIMITS,
+            **self.place.limits,
             **{key[6:]: value for key, value in variables.items() if key.startswith("limit_")},
         }
         return {
@@ -47,7 +51,7 @@ class Machinery:
             "HOME": str(self.top / "home"),
             "XDG_DATA_HOME": str(self.top / "share"),
             "XDG_CACHE_HOME": str(self.top / "cache"),
-            "CLOUDRUN_BACKEND": "local",
+            **self.place.settings(),
             "CLOUDRUN_LIMITS": ",".join(f"{name}={value}" for name, value in limits.items()),
             "PYTHONDONTWRITEBYTECODE": "1",
             **{key: value for key, value in variables.items() if not key.startswith("limit_")},
@@ -89,13 +93,15 @@ class Machinery:
         return (self.top / f"err{client.number}").read_text()
 
     def role(self, name):
-        return with_role(name, self.top)
+        return self.place.role(name)
+
+    def take_away(self):
+        """What a provider does with a spot machine."""
+        self.place.take_away()
 
     def object(self, name):
         """An object of the only run; None where there is none."""
-        for path in (self.top / "share/cloudrun/bucket/digits/runs").glob("*/" + name):
-            return json.loads(path.read_bytes())
-        return None
+        return self.place.object(name)
 
     def wait_for(self, name, seconds=20):
         return wait_until(lambda: self.object(name), seconds, name)
@@ -115,7 +121,7 @@ class Machinery:
         bill = self.object("bill.json")
         assert bill, "no bill"
         assert abs(bill["seconds"] - self.meter.seconds) < 1.0, (bill, self.meter.seconds)
-        assert bill["proof"] and not list((self.top / "share/cloudrun/bucket/open").iterdir())
+        assert bill["proof"] and not self.place.open_runs()
         return bill
 
     def close(self):
@@ -124,16 +130,29 @@ class Machinery:
             with suppress(ProcessLookupError):
                 os.killpg(client.pid, signal.SIGKILL)
             client.wait()
-        for _ in range(20):
-            left = [pid for role in ("guard", "agent", "program") for pid in self.role(role)]
-            signal_all(left, signal.SIGKILL)
-            if not left:
-                return
-            time.sleep(0.05)
+        self.place.close()
 
 
 @pytest.fixture
-def machinery(tmp_path):
+def here(tmp_path):
+    """Machines on this computer: for what only they have."""
     found = Machinery(tmp_path)
     yield found
     found.close()
+
+
+@pytest.fixture(params=["local", "gcp"])
+def machinery(request, tmp_path):
+    """Machines everywhere: the life of a run is the same."""
+    if request.param == "local":
+        found = Machinery(tmp_path)
+        yield found
+        found.close()
+        return
+    need_client()
+    if reason := machines.unavailable():
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(dir=machines.disk_root(), ignore_cleanup_errors=True) as disks:
+        found = Machinery(tmp_path, GcpPlace(disks))
+        yield found
+        found.close()

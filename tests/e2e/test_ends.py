@@ -192,6 +192,18 @@ def test_the_guard_dies(machinery):
     assert machinery.local("model/last") == "SIGINT"
 
 
+def test_the_guard_dies_without_a_client(machinery):
+    """The agent saves, and ends the machine in its place."""
+    machinery.main(POLITE)
+    lose(machinery.running("main.py"))
+    signal_all(machinery.role("guard"), signal.SIGKILL)
+    assert machinery.wait_for("receipt.json")["reason"] == "guard-lost"
+    machinery.meter.wait_gone(8)
+    assert machinery.run("wait") == 121 and machinery.run("pull") == 0
+    machinery.ended(2)
+    assert machinery.local("model/last") == "SIGINT"
+
+
 def test_the_guard_hangs(machinery):
     """The run does not need it; the client ends what the guard should have ended."""
     machinery.main(WORK + "print('up', flush=True)\ntime.sleep(1)\nsys.exit(4)")
@@ -212,28 +224,28 @@ def test_the_guard_hangs_without_a_client(machinery):
     assert machinery.run("wait") == 4
 
 
-def test_both_die(machinery):
-    machinery.main(SLEEP)
-    client = machinery.running("main.py")
-    wait_until(lambda: machinery.saved("model/first"))
-    signal_all(machinery.role("guard") + machinery.role("agent"), signal.SIGKILL)
+def test_both_die(here):
+    here.main(SLEEP)
+    client = here.running("main.py")
+    wait_until(lambda: here.saved("model/first"))
+    signal_all(here.role("guard") + here.role("agent"), signal.SIGKILL)
     assert client.wait(20) == 121
-    assert machinery.ended(3)["layer"] == "lease" and machinery.local("model/first") == "first"
+    assert here.ended(3)["layer"] == "lease" and here.local("model/first") == "first"
 
 
-def test_both_die_without_a_client(machinery):
+def test_both_die_without_a_client(here):
     """Nobody is left who could end main.py: the next command does."""
-    machinery.main(SLEEP)
-    client = machinery.running("main.py")
-    wait_until(lambda: machinery.saved("model/first"))
+    here.main(SLEEP)
+    client = here.running("main.py")
+    wait_until(lambda: here.saved("model/first"))
     lose(client)
-    signal_all(machinery.role("guard") + machinery.role("agent"), signal.SIGKILL)
+    signal_all(here.role("guard") + here.role("agent"), signal.SIGKILL)
     time.sleep(0.5)
-    assert machinery.meter.members, "main.py goes on"
-    assert machinery.run("ps") == 0
-    bill = machinery.ended(3)
+    assert here.meter.members, "main.py goes on"
+    assert here.run("ps") == 0
+    bill = here.ended(3)
     assert bill["layer"] == "sweep" and bill["exit_code"] == 121
-    assert machinery.run("pull") == 0 and machinery.local("model/first") == "first"
+    assert here.run("pull") == 0 and here.local("model/first") == "first"
 
 
 def test_both_hang(machinery):
@@ -261,7 +273,7 @@ def test_a_preempted_run_goes_on_from_what_was_saved(machinery):
     machinery.main(RESUMED)
     client = machinery.running("main.py", text="step 0\n")
     wait_until(lambda: machinery.saved("model/step"))
-    signal_all(machinery.role("guard"), signal.SIGTERM)
+    machinery.take_away()
     assert client.wait(30) == 0
     assert machinery.out(client) == "step 0\nstep 7\n"
     bill = machinery.ended(2)
@@ -273,7 +285,7 @@ def test_a_preempted_run_without_a_client_ends_preempted(machinery):
     machinery.main(RESUMED)
     lose(machinery.running("main.py", text="step 0\n"))
     wait_until(lambda: machinery.saved("model/step"))
-    signal_all(machinery.role("guard"), signal.SIGTERM)
+    machinery.take_away()
     machinery.wait_for("attempts/1/end.json")
     machinery.meter.wait_gone(8)
     assert machinery.object("receipt.json") is None and machinery.object("bill.json") is None
@@ -288,12 +300,12 @@ def test_a_client_that_slept_sees_the_machine_through_that_another_client_rented
     sleeper = machinery.running("main.py", text="step 0\n")
     wait_until(lambda: machinery.saved("model/step"))
     sleeper.send_signal(signal.SIGSTOP)
-    signal_all(machinery.role("guard"), signal.SIGTERM)
+    machinery.take_away()
     machinery.wait_for("attempts/1/end.json")
     machinery.meter.wait_gone(8)
     other = machinery.start("wait")
     machinery.wait_for("attempts/2/agent.json")
-    (only,) = machinery.role("guard")
+    guards = machinery.role("guard")
     sleeper.send_signal(signal.SIGCONT)
     assert sleeper.wait(30) == other.wait(30) == 6
     assert machinery.out(sleeper) == "step 0\nstep 7\n"
@@ -301,7 +313,7 @@ def test_a_client_that_slept_sees_the_machine_through_that_another_client_rented
     bill = machinery.object("bill.json")
     machinery.meter.wait_gone(2)
     assert bill["attempts"] == 2 and machinery.object("attempts/2/claim.json")["instance"].endswith("-2")
-    assert not alive(only)
+    assert not any(alive(guard) for guard in guards)
 
 
 def test_who_waits_for_a_run_ends_a_machine_that_has_outlived_its_deadline(machinery):
@@ -317,16 +329,16 @@ def test_who_waits_for_a_run_ends_a_machine_that_has_outlived_its_deadline(machi
     assert bill["layer"] == "sweep" and bill["reason"] == "deadline" and 6 < machinery.meter.seconds < 9
 
 
-def test_a_machine_that_is_overdue_is_ended_though_the_bucket_is_out_of_reach(machinery):
-    machinery.main(SLEEP)
-    lose(machinery.running("main.py"))
-    signal_all(machinery.role("guard") + machinery.role("agent"), signal.SIGKILL)
-    bucket = machinery.top / "share/cloudrun/bucket"
+def test_a_machine_that_is_overdue_is_ended_though_the_bucket_is_out_of_reach(here):
+    here.main(SLEEP)
+    lose(here.running("main.py"))
+    signal_all(here.role("guard") + here.role("agent"), signal.SIGKILL)
+    bucket = here.top / "share/cloudrun/bucket"
     bucket.rename(bucket.with_name("hidden"))
     bucket.touch()
-    assert machinery.meter.members, "main.py goes on"
-    assert machinery.run("ps") == 125
-    machinery.meter.wait_gone(3)
+    assert here.meter.members, "main.py goes on"
+    assert here.run("ps") == 125
+    here.meter.wait_gone(3)
 
 
 def test_a_spot_notice_while_the_rest_drains_is_written_down_and_the_run_is_complete(machinery):
@@ -336,29 +348,29 @@ def test_a_spot_notice_while_the_rest_drains_is_written_down_and_the_run_is_comp
     program = machinery.role("program")
     wait_until(lambda: len(machinery.role("program")) < 2 or machinery.role("program") != program)
     time.sleep(0.5)  # main.py has ended; what it left behind goes on
-    signal_all(machinery.role("guard"), signal.SIGTERM)
+    machinery.take_away()
     assert machinery.wait_for("attempts/1/end.json")["reason"] == "preempted"
     assert client.wait(30) == 0
     machinery.ended(2)
     assert machinery.object("receipt.json")["status"] == 0 and machinery.local("model/first") == "first"
 
 
-def test_a_bucket_that_is_full_at_the_last_save(machinery):
+def test_a_bucket_that_is_full_at_the_last_save(here):
     waiting = "print('up', flush=True)\nwhile not os.path.exists('go'): time.sleep(0.01)\n"
-    machinery.main(WORK + waiting + "write('model/big', 'x' * 900000)")
-    client = machinery.running("main.py")
-    wait_until(lambda: machinery.saved("model/first"))
-    (agent,) = machinery.role("agent")
+    here.main(WORK + waiting + "write('model/big', 'x' * 900000)")
+    client = here.running("main.py")
+    wait_until(lambda: here.saved("model/first"))
+    (agent,) = here.role("agent")
     subprocess.run(["prlimit", f"--pid={agent}", "--fsize=500000"], check=True)
-    (work,) = (machinery.top / "share/cloudrun/instances").glob("*/work")
+    (work,) = (here.top / "share/cloudrun/instances").glob("*/work")
     (work / "go").touch()
     assert client.wait(30) == 121
-    assert "File too large" in machinery.object("receipt.json")["save"]
-    machinery.ended(2)
-    assert machinery.local("model/first") == "first" and machinery.local("model/big") is None
+    assert "File too large" in here.object("receipt.json")["save"]
+    here.ended(2)
+    assert here.local("model/first") == "first" and here.local("model/big") is None
 
 
-def test_a_daemon_that_hides_from_everybody_is_gone_with_its_machine(machinery):
+def test_a_daemon_that_hides_from_everybody_is_gone_with_its_machine(here):
     main = (
         WORK
         + """
@@ -375,11 +387,11 @@ found = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and parent(pid
 print(*[pid for pid in found if pid != os.getpid()], flush=True)
 """
     )
-    client = machinery.main(main).start("main.py")
+    client = here.main(main).start("main.py")
     assert client.wait(30) == 0
-    daemons = [int(pid) for pid in machinery.out(client).split()]
+    daemons = [int(pid) for pid in here.out(client).split()]
     assert daemons and not any(alive(pid) for pid in daemons)
-    machinery.ended(2)
+    here.ended(2)
 
 
 def test_a_machine_that_cannot_start_main_py(machinery):
@@ -389,25 +401,25 @@ def test_a_machine_that_cannot_start_main_py(machinery):
     machinery.meter.wait_gone(2)
 
 
-def test_a_program_that_makes_directories_without_end_ends_all_the_same(machinery):
-    machinery.main(WORK + "for _ in range(3000): os.mkdir('d'); os.chdir('d')")
-    assert machinery.run("main.py") == 0
-    assert machinery.ended(2)["layer"] in ("agent", "guard")
-    assert list((machinery.top / "share/cloudrun/instances").iterdir()) == []
+def test_a_program_that_makes_directories_without_end_ends_all_the_same(here):
+    here.main(WORK + "for _ in range(3000): os.mkdir('d'); os.chdir('d')")
+    assert here.run("main.py") == 0
+    assert here.ended(2)["layer"] in ("agent", "guard")
+    assert list((here.top / "share/cloudrun/instances").iterdir()) == []
 
 
-def test_nothing_of_a_machine_stays_on_the_disk(machinery):
-    machinery.main(WORK)
-    assert machinery.run("main.py") == 0
-    assert list((machinery.top / "share/cloudrun/instances").iterdir()) == []
+def test_nothing_of_a_machine_stays_on_the_disk(here):
+    here.main(WORK)
+    assert here.run("main.py") == 0
+    assert list((here.top / "share/cloudrun/instances").iterdir()) == []
 
 
-def test_guard_and_agent_are_small_and_quiet(machinery):
+def test_guard_and_agent_are_small_and_quiet(here):
     """45 MB at most, together, and less than a hundredth of a core while main.py is quiet."""
     quiet = {"limit_save_interval": 60, "limit_agent_beat": 5, "limit_state": 10, "limit_client_beat": 10}
-    machinery.main(SLEEP)
-    client = machinery.running("main.py", **quiet)
-    ours = machinery.role("guard") + machinery.role("agent")
+    here.main(SLEEP)
+    client = here.running("main.py", **quiet)
+    ours = here.role("guard") + here.role("agent")
     assert len(ours) == 2
     before = sum(ticks(pid) for pid in ours)
     time.sleep(5)
@@ -429,16 +441,16 @@ def resident(pid):
         return int(next(line for line in file if line.startswith("VmRSS")).split()[1])
 
 
-def test_main_py_is_not_protected_from_the_memory_killer(machinery):
+def test_main_py_is_not_protected_from_the_memory_killer(here):
     """Only the guard is, where the kernel lets us do that."""
     may = subprocess.run(
         ["sh", "-c", "echo -1000 >/proc/self/oom_score_adj"], capture_output=True, check=False
     )
-    machinery.main("print(open('/proc/self/oom_score_adj').read().strip())\n" + SLEEP)
-    client = machinery.running("main.py")
-    (guard,) = machinery.role("guard")
+    here.main("print(open('/proc/self/oom_score_adj').read().strip())\n" + SLEEP)
+    client = here.running("main.py")
+    (guard,) = here.role("guard")
     with open(f"/proc/{guard}/oom_score_adj") as file:
         assert int(file.read()) == (-1000 if may.returncode == 0 else 0)
     client.send_signal(signal.SIGINT)
     client.wait(20)
-    assert int(machinery.out(client).split()[0]) >= 0
+    assert int(here.out(client).split()[0]) >= 0

@@ -1,0 +1,125 @@
+"""Where the machines of the end-to-end tests are: on this computer, or on the emulated Google Cloud."""
+
+import json
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from cloud.compute import Cloud
+from cloud.project import Timing
+from cloud.storage import Storage
+from machine import wait_until
+
+QUICK = Timing(0.02, 0.02, boot=0.05, stopping=0.02, deleting=0.02, guest_standard=4.0, guest_spot=4.0)
+
+
+class CloudMeter:
+    """The cloud's billing meter, with the verbs of the local one."""
+
+    def __init__(self, cloud):
+        self._meter = cloud.meter
+
+    def leave_out(self, pid):
+        """The cloud never bills a client."""
+
+    @property
+    def members(self):
+        return self._meter.running()
+
+    @property
+    def seconds(self):
+        return sum(self._meter.seconds(name) for name in self._meter.names())
+
+    def wait_gone(self, seconds):
+        wait_until(lambda: not self.members, seconds, "the end of all billing")
+        self._meter.check()
+
+    def close(self):
+        """The cloud is closed by who opened it."""
+
+
+class GcpPlace:
+    """Where the machines of a Machinery are: `settings` to reach them, and what is in their bucket."""
+
+    def __init__(self, folder):
+        self.limits = {"look": 0.1, "appears": 1.0, "boot_least": 1.0}
+        self.storage = Storage()
+        self.storage.__enter__()
+        self.storage.create_bucket("b")
+        self.cloud = Cloud(Path(folder), timing=QUICK)
+        self.meter = CloudMeter(self.cloud)
+
+    def settings(self):
+        return {
+            **self.cloud.environ(),
+            "STORAGE_EMULATOR_HOST": self.storage.url,
+            "GCS_DIR": "gs://b/runs",
+            "CLOUDRUN_BACKEND": "gcp",
+            "CLOUDRUN_PRICE": "0",
+            "VM_GPU": "none",
+            "VM_SPOT": "1",
+        }
+
+    def role(self, name):
+        """The processes on all machines with this CLOUDRUN_ROLE, oldest first."""
+        found = []
+        for pid in (pid for machine in self.cloud.all_machines for pid in machine.processes()):
+            with suppress(OSError):
+                if f"CLOUDRUN_ROLE={name}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    found.append(pid)
+        return sorted(found)
+
+    def object(self, name):
+        for path, found in self.storage.objects("b").items():
+            if path.startswith("runs/digits/runs/") and path.split("/", 4)[4] == name:
+                return json.loads(found.data)
+        return None
+
+    def open_runs(self):
+        return [path for path in self.storage.objects("b") if path.startswith("runs/open/")]
+
+    def take_away(self):
+        (name,) = self.cloud.meter.running()
+        self.cloud.preempt(name)
+
+    def close(self):
+        self.cloud.close()
+        self.storage.__exit__(None, None, None)
+        assert self.cloud.violations == []
+        for insert in self.cloud.inserts():
+            assert int(insert.body["scheduling"]["maxRunDuration"]["seconds"]) >= 30
+
+
+class LocalPlace:
+    """The same for machines that are process trees on this computer."""
+
+    def __init__(self, top, meter, role):
+        self.limits, self.meter, self.role = {}, meter, role
+        self._bucket = top / "share/cloudrun/bucket"
+
+    def settings(self):
+        return {"CLOUDRUN_BACKEND": "local"}
+
+    def object(self, name):
+        for path in (self._bucket / "digits/runs").glob("*/" + name):
+            return json.loads(path.read_bytes())
+        return None
+
+    def open_runs(self):
+        return list((self._bucket / "open").iterdir())
+
+    def take_away(self):
+        for pid in self.role("guard"):
+            os.kill(pid, signal.SIGTERM)
+
+    def close(self):
+        deadline = time.monotonic() + 1
+        while left := [pid for role in ("guard", "agent", "program") for pid in self.role(role)]:
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.05)

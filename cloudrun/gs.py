@@ -21,7 +21,7 @@ from cloudrun.storage import MAX_NAME, MAX_OBJECT, check_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Iterable, Iterator
+    from typing import Any, Callable, Iterable, Iterator
 
 PIECE = 1 << 20  # bytes of a download in one go
 ASK_FIRST = 1 << 20  # bytes; a smaller blob is sent as quickly as one asks whether it is there
@@ -43,8 +43,8 @@ class Beyond(BucketError):
     permanent = True
 
 
-class Changed(BucketError):
-    """What arrived is not what was announced."""
+class Anew(BucketError):
+    """It has to be sent from its start: the content is not what was announced, or its session is gone."""
 
 
 class Outside(Exception):
@@ -79,7 +79,7 @@ class Content:
         self.sha256, self.md5 = sha256.hexdigest(), b64encode(md5.digest()).decode()
 
     def read(self, start: int = 0) -> Iterator[bytes | memoryview]:
-        """From here to what was the end. Raises Changed if it ends earlier, Outside for its own errors."""
+        """From here to what was the end. Raises Anew if it ends earlier, Outside for its own errors."""
         at = 0
         try:
             for piece in self._pieces:
@@ -92,7 +92,7 @@ class Content:
         except OSError as error:
             raise Outside(error) from None
         if at < self.size:
-            raise Changed("what is being stored became shorter meanwhile; try again")
+            raise Anew("what is being stored became shorter meanwhile; try again")
 
 
 class GsBucket:
@@ -124,7 +124,7 @@ class GsBucket:
         raise NotImplementedError
 
     def _insert(self, path: str, content: Content, generation: str, mark: str) -> str:
-        """The new generation. Raises Conflict, and Changed if the content is not what it was."""
+        """The new generation. Raises Conflict, and Anew if the content is not what it was."""
         raise NotImplementedError
 
     def _list(self, prefix: str, delimiter: str) -> Iterator[tuple[list[str], list[str]]]:
@@ -226,7 +226,7 @@ class GsBucket:
             path = self._path(prefix + body.sha256)
             if body.size > ASK_FIRST and self._find(path):
                 return body.sha256
-            with suppress(Changed):
+            with suppress(Anew):
                 with suppress(Conflict):  # it is there
                     self._insert(path, body, "0", "")
                 return body.sha256
@@ -279,7 +279,9 @@ def problem(status: int, body: bytes, bucket: str, path: str) -> BucketError:
         make = f"make it (gcloud storage buckets create gs://{bucket}) or correct GCS_DIR"
         return BucketRefused(f"there is no bucket gs://{bucket}: {make}")
     if status == 400 and "match calculated" in words:
-        return Changed(f"{where} is not what was to be stored: {words}; try again")
+        return Anew(f"{where} is not what was to be stored: {words}; try again")
+    if status == 410:
+        return Anew(f"the upload of {where} was forgotten; try again")
     if status in PASSING or reason in RATES:
         return BucketError(f"Cloud Storage cannot answer for {where} now ({status} {words}); try again")
     kinds = {404: Missing(f"there is no {where}"), 412: Conflict(f"{where} was changed by somebody else")}
@@ -308,10 +310,12 @@ def _words(body: bytes) -> tuple[str, str]:
         return body[:300].decode("utf-8", "replace").strip() or "no reason given", ""
 
 
-def hashes_of(header: str | None) -> dict[str, str]:
-    """Of `X-Goog-Hash: crc32c=...,md5=...`."""
-    pairs = (item.strip().partition("=") for item in (header or "").split(","))
-    return {name: value for name, _, value in pairs}
+def stream_of(headers: Any, pieces: Iterator[bytes], close: Callable[[], None]) -> Stream:
+    """What the headers of a download say; `X-Goog-Hash: crc32c=...,md5=...` is that of the whole object."""
+    hashes = dict(item.strip().partition("=")[::2] for item in headers.get("X-Goog-Hash", "").split(","))
+    length = headers.get("Content-Length") or headers.get("X-Goog-Stored-Content-Length", "0")
+    size = headers.get("Content-Range", f"/{length}").rpartition("/")[2]
+    return Stream(int(size), hashes.get("md5", ""), headers.get("X-Goog-Generation", ""), pieces, close)
 
 
 def new_md5() -> Any:

@@ -14,13 +14,14 @@ from cloudrun.gs import (
     PATIENCE,
     PIECE,
     TIMEOUT,
+    Anew,
     Content,
     Found,
     GsBucket,
     Outside,
     Stream,
-    hashes_of,
     problem,
+    stream_of,
 )
 
 UPLOAD_PIECE = 8 << 20  # bytes that the library keeps in memory for each upload
@@ -65,12 +66,7 @@ class GcsBucket(GsBucket):
             answer = self._client._http.get(url, params=query, headers=headers, stream=True, timeout=TIMEOUT)
             if answer.status_code >= 300:
                 raise problem(answer.status_code, answer.content, self.bucket, path)
-        found = answer.headers
-        size = found.get("Content-Range", "/" + found.get("Content-Length", "0")).rpartition("/")[2]
-        md5 = hashes_of(found.get("X-Goog-Hash")).get("md5", "")
-        return Stream(
-            int(size), md5, found.get("X-Goog-Generation", ""), self._pieces(path, answer), answer.close
-        )
+        return stream_of(answer.headers, self._pieces(path, answer), answer.close)
 
     def _pieces(self, path: str, answer: Any) -> Iterator[bytes]:
         with self._translated(path):
@@ -81,7 +77,7 @@ class GcsBucket(GsBucket):
         blob.md5_hash = content.md5  # of the first reading: the service refuses what has changed since
         if mark:
             blob.metadata = {MARK: mark}
-        with self._translated(path):
+        with self._translated(path, absent=Anew("the upload was forgotten; try again")):
             blob.upload_from_file(
                 _File(content),
                 size=content.size,
@@ -125,7 +121,7 @@ class GcsBucket(GsBucket):
         return self._bucket.blob(path, chunk_size=UPLOAD_PIECE)
 
     @contextmanager
-    def _translated(self, path: str) -> Iterator[None]:
+    def _translated(self, path: str, absent: BucketError | None = None) -> Iterator[None]:
         from google.api_core.exceptions import GoogleAPICallError, RetryError
         from google.auth.exceptions import GoogleAuthError, TransportError
         from requests import RequestException
@@ -137,7 +133,8 @@ class GcsBucket(GsBucket):
         except RetryError as error:
             raise self._problem(error.cause, path) from None
         except (GoogleAPICallError, TransportError, RequestException, ConnectionError) as error:
-            raise self._problem(error, path) from None
+            found = self._problem(error, path)
+            raise absent if absent and isinstance(found, Missing) else found from None
         except GoogleAuthError as error:
             raise BucketRefused(f"{self.url} needs Google credentials: {error}; {LOGIN}") from None
 

@@ -21,15 +21,15 @@ from cloudrun.gs import (
     PATIENCE,
     PIECE,
     TIMEOUT,
-    Changed,
+    Anew,
     Content,
     Found,
     GsBucket,
     Outside,
     Patience,
     Stream,
-    hashes_of,
     problem,
+    stream_of,
 )
 
 TYPE_CHECKING = False
@@ -75,12 +75,7 @@ class RestBucket(GsBucket):
         exchange = self._send("GET", target, headers)
         if exchange.status >= 300:
             raise self._refusal(self._whole(exchange), path)
-        found = exchange.headers
-        size = found.get("Content-Range", "/" + found.get("Content-Length", "0")).rpartition("/")[2]
-        md5 = hashes_of(found.get("X-Goog-Hash")).get("md5", "")
-        return Stream(
-            int(size), md5, found.get("X-Goog-Generation", ""), self._pieces(exchange), exchange.close
-        )
+        return stream_of(exchange.headers, self._pieces(exchange), exchange.close)
 
     def _pieces(self, exchange: Exchange) -> Iterator[bytes]:
         try:
@@ -143,7 +138,7 @@ class RestBucket(GsBucket):
             try:
                 return self._whole(self._send("PUT", session, headers, body))
             except BucketError as error:
-                if isinstance(error, Changed) or not patience.wait():
+                if isinstance(error, Anew) or not patience.wait():
                     raise
             headers, body = (
                 {"Content-Range": f"bytes */{size}", "Content-Length": "0"},
@@ -199,7 +194,7 @@ class RestBucket(GsBucket):
                     return answer
                 raise self._refusal(answer, path)
             except BucketError as error:
-                if error.permanent or isinstance(error, Changed) or not patience.wait():
+                if error.permanent or isinstance(error, Anew) or not patience.wait():
                     raise
 
     def _send(self, method: str, target: str, headers: dict[str, str], body: Any = b"") -> Exchange:
@@ -253,23 +248,27 @@ class Wire:
         self._idle: deque[http.client.HTTPConnection] = deque()
 
     def send(self, method: str, target: str, headers: dict[str, str], body: bytes | Body) -> Exchange:
-        connection = self._connection()
+        with suppress(IndexError, ConnectionError):  # the service closes what was idle for some minutes
+            return self._exchange(self._idle.pop(), method, target, headers, body)
+        return self._exchange(self._new(), method, target, headers, body)
+
+    def _exchange(self, connection: Any, *request: Any) -> Exchange:
         try:
-            if connection.sock is None:
-                connection.connect()
-            connection.sock.settimeout(TIMEOUT[1])  # it was shorter for the connecting
-            connection.request(method, target, body or None, headers)
+            connection.request(request[0], request[1], request[3] or None, request[2])
             return Exchange(connection, connection.getresponse(), self._idle)
         except BaseException:
             connection.close()
             raise
 
-    def _connection(self) -> http.client.HTTPConnection:
-        with suppress(IndexError):
-            return self._idle.pop()
-        if self._context is not None:
-            return http.client.HTTPSConnection(self._host, timeout=TIMEOUT[0], context=self._context)
-        return http.client.HTTPConnection(self._host, timeout=TIMEOUT[0])
+    def _new(self) -> http.client.HTTPConnection:
+        """Connected, within another time than the one that an answer may take."""
+        if self._context is None:
+            connection = http.client.HTTPConnection(self._host, timeout=TIMEOUT[0])
+        else:
+            connection = http.client.HTTPSConnection(self._host, timeout=TIMEOUT[0], context=self._context)
+        connection.connect()
+        connection.sock.settimeout(TIMEOUT[1])
+        return connection
 
 
 class Exchange:
@@ -280,7 +279,8 @@ class Exchange:
         self.status, self.headers, self.read = response.status, response.headers, response.read
 
     def close(self) -> None:
-        if self._response.isclosed() and not self._response.will_close:
+        whole = self._response.isclosed() and not self._response.length
+        if whole and not self._response.will_close:
             self._idle.append(self._connection)
         else:
             self._connection.close()

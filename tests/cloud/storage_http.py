@@ -69,7 +69,8 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def serve(self) -> None:
-        self.incoming, status, sent = 0, 0, 0
+        """A line is in the log before the client has its answer, so that a test can look at it at once."""
+        self.incoming = 0
         kind, name = "unknown", ""
         path, _, query = self.path.partition("?")
         self.query = dict(parse_qsl(query, keep_blank_values=True))
@@ -81,15 +82,21 @@ class Handler(BaseHTTPRequestHandler):
             kind, name = self.kind()
             call = self.storage.log.call(kind, name)
             answer, fault = self.answer(kind, self.storage.faults.take(call))
-            status = answer.status
-            sent = self.send(answer, fault)
+            body = answer.body[: fault.truncate] if fault else answer.body
+            self.note(kind, name, answer.status, len(body))
+            self.send(answer, body)
         except Cut:
-            self.close_connection = True
-            with suppress(OSError):
-                self.connection.shutdown(socket.SHUT_RDWR)
-        self.storage.log.add(
-            Request(kind, self.command, self.path, name, status, self.incoming, sent, self.token)
-        )
+            self.note(kind, name, 0, 0)
+            self.cut()
+
+    def note(self, kind: str, name: str, status: int, sent: int) -> None:
+        found = Request(kind, self.command, self.path, name, status, self.incoming, sent, self.token)
+        self.storage.log.add(found)
+
+    def cut(self) -> None:
+        self.close_connection = True
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = serve
 
@@ -294,19 +301,14 @@ class Handler(BaseHTTPRequestHandler):
         self.storage.sessions.cancel(self.query["upload_id"])
         return Answer(499)
 
-    def send(self, answer: Answer, fault: Fault | None) -> int:
+    def send(self, answer: Answer, body: bytes | memoryview) -> None:
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)
         if answer.status != 204:
             self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
-        body = answer.body
-        if fault and fault.truncate is not None:
-            body = body[: fault.truncate]
         self.wfile.write(body)
         self.wfile.flush()
         if len(body) < len(answer.body):
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-        return len(body)
+            self.cut()

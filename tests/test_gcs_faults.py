@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from cloud.storage import Rule, Storage, Token
+from cloud.storage_tokens import Metadata
 from contracts.bucket import at_once
 from machine import ROOT, VERSIONS, interpreter
 
@@ -434,42 +433,12 @@ def test_without_the_package_a_sentence_says_how_to_install_it():
 # --- credentials
 
 
-class Metadata(ThreadingHTTPServer):
-    """A metadata server that has a new token each time it is asked."""
-
-    daemon_threads = True
-
-    def __init__(self, tokens, seconds=3600):
-        self.tokens, self.seconds, self.given, self.status = tokens, seconds, 0, 200
-        super().__init__(("127.0.0.1", 0), _MetadataHandler)
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-
-
-class _MetadataHandler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        server = self.server
-        allowed = self.headers.get("Metadata-Flavor") == "Google"
-        server.given += 1
-        token = f"token-{server.given}"
-        server.tokens[token] = Token(time.time() + server.seconds)
-        body = json.dumps({"access_token": token, "expires_in": server.seconds, "token_type": "Bearer"})
-        self.send_response(server.status if allowed else 403)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    def log_message(self, *_):
-        """Quiet."""
-
-
 @pytest.fixture
 def metadata(storage, monkeypatch):
     storage.tokens = {}
-    found = Metadata(storage.tokens)
-    monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{found.server_address[1]}")
-    yield found
-    found.shutdown()
-    found.server_close()
+    with Metadata(storage.tokens) as found:
+        monkeypatch.setenv("GCE_METADATA_HOST", found.host)
+        yield found
 
 
 def test_a_machine_uses_its_service_account(storage, metadata):

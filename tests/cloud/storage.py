@@ -21,10 +21,10 @@ from typing import Any
 
 from .storage_faults import Faults, Log, Request
 from .storage_http import Server
-from .storage_objects import ApiError, Object, Objects, check, crc32c, md5, no_object
+from .storage_objects import ApiError, Object, Objects, check, crc32c, md5
 from .storage_uploads import Sessions
 
-__all__ = ["ApiError", "Request", "Rule", "Storage", "Token", "crc32c", "md5"]
+__all__ = ["Rule", "Storage", "Token", "crc32c", "md5"]
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Storage:
         found = []
         for source in sources:
             self.allow(token, "storage.objects.get", bucket, source["name"])
-            pinned = {"generation": str(source["generation"])} if "generation" in source else {}
+            pinned = {"generation": str(source["generation"])} if source.get("generation") else {}
             wanted = source.get("objectPreconditions") or {}
             found.append(self.store.get(bucket, source["name"], {**pinned, **wanted}))
         self.may_write(token, bucket, name)
@@ -257,6 +257,3 @@ def _term(term: str) -> tuple[str, str]:
     if slash >= 0 and (paren < 0 or slash < paren):
         return term[:slash], term[slash + 1 :]
     return (term[:paren], term[paren + 1 : -1]) if paren >= 0 else (term, "")
-
-
-__all__ += ["masked", "no_object"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,7 +25,7 @@ from cloudrun.gs import (
     stream_of,
 )
 
-UPLOAD_PIECE = 8 << 20  # bytes that the library keeps in memory for each upload
+UPLOAD_PIECE = 4 << 20  # bytes of an upload in one request; the library has up to twice as much in memory
 LOGIN = "log in with `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -155,17 +156,16 @@ class _File:
         return self._at
 
     def read(self, wanted: int) -> bytes:
-        parts, left = [], wanted
-        while left:
+        found = BytesIO()  # gives away what it holds without a copy
+        while left := wanted - found.tell():
             if not self._rest:
                 self._rest = memoryview(next(self._pieces, b""))
-                if not self._rest:
-                    break
-            parts.append(self._rest[:left])
+            if not self._rest:
+                break
+            found.write(self._rest[:left])
             self._rest = self._rest[left:]
-            left -= len(parts[-1])
-        self._at += wanted - left
-        return b"".join(parts)
+        self._at += found.tell()
+        return found.getvalue()
 
 
 def _credentials() -> Any:

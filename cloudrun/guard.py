@@ -13,8 +13,6 @@ import signal
 import sys
 import time
 
-START_SECONDS = 240
-
 
 def now():  # seconds since boot, time asleep included: no wrong or changed clock moves a deadline
     return time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -180,7 +178,7 @@ def main():
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         signal.signal(signal.SIGALRM, late)
-        signal.setitimer(signal.ITIMER_REAL, min(boot["left"], START_SECONDS))  # a network can hang for ever
+        signal.setitimer(signal.ITIMER_REAL, min(boot["left"], 240))  # a network can hang for ever
         agent, pipe = start_agent(boot, started + boot["left"])
         signal.setitimer(signal.ITIMER_REAL, 0)
         protect()  # ourselves alone: the agent and main.py may be killed for their memory

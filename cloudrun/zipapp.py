@@ -10,7 +10,7 @@ from importlib.util import MAGIC_NUMBER
 from cloudrun.cache import cache_path, keep, read
 
 SHARED = (
-    *("background", "errors", "formats", "gs", "processes"),
+    *("background", "errors", "formats", "gs", "jsonapi", "processes"),
     *("storage/__init__", "storage/folder", "storage/rest"),
 )
 MAIN = b"from cloudrun.agent.main import main\n\nmain()\n"

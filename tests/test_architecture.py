@@ -32,7 +32,7 @@ LAYERS = (
     ("storage.folder", "storage.gcs", "storage.rest", "limits"),
     ("gs",),
     ("storage",),
-    ("background", "cache", "formats", "processes"),
+    ("background", "cache", "formats", "jsonapi", "processes"),
     ("errors",),
     ("guard", ""),
 )
@@ -45,17 +45,19 @@ OPENED = {
     ("backends", "backends.local"),
     ("backends", "backends.gcp"),
 }
-AGENT_MAY = {"agent", "background", "formats", "errors", "gs", "processes", "storage"}
+AGENT_MAY = {"agent", "background", "formats", "errors", "gs", "jsonapi", "processes", "storage"}
 SENT = (
     "background",
     "errors",
     "formats",
     "gs",
+    "jsonapi",
     "processes",
     "storage",
     "storage.folder",
     "storage.rest",
 )
+
 CATCH_ALL = {
     "backends/gcp_api.py: call",  # what the SDK raises is translated: its own errors and other libraries'
     "backends/gcp_api.py: listed",  # the same
@@ -178,7 +180,7 @@ def test_backends_and_storages_know_neither_the_run_nor_each_other() -> None:
 # --- sizes
 
 
-CLOUDS = {"gcp": ("backends.gcp", "storage.gcs", "storage.rest", "gs", "doctor")}
+CLOUDS = {"gcp": ("backends.gcp", "storage.gcs", "storage.rest", "gs", "jsonapi", "doctor")}
 
 
 def code_lines(path: Path) -> int:
@@ -202,7 +204,7 @@ def code_lines(path: Path) -> int:
     return len(lines - docs)
 
 
-@pytest.mark.parametrize(("part", "most"), [("client", 3200), ("agent", 900), ("gcp", 1500)])
+@pytest.mark.parametrize(("part", "most"), [("client", 3200), ("agent", 900), ("gcp", 1900)])
 def test_the_package_stays_small(part: str, most: int) -> None:
     sizes: defaultdict[str, int] = defaultdict(int)
     for name, path in MODULES.items():

@@ -15,19 +15,22 @@ from contextlib import suppress
 from urllib.parse import quote, urlencode, urlsplit
 
 from cloudrun.errors import BucketError, BucketRefused, Missing
-from cloudrun.gs import (
+from cloudrun.gs import PATIENCE, GsBucket, Patience
+from cloudrun.jsonapi import (
+    BINARY,
     MARK,
+    ONE_REQUEST,
     PASSING,
-    PATIENCE,
     PIECE,
     TIMEOUT,
     Anew,
+    Body,
     Content,
     Found,
-    GsBucket,
     Outside,
-    Patience,
     Stream,
+    described,
+    multipart,
     problem,
     stream_of,
 )
@@ -36,8 +39,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Iterator
 
-ONE_REQUEST = 8 << 20  # bytes; more go into a session, which loses little when the connection is cut
-BINARY = "application/octet-stream"
 TOKEN = "/computeMetadata/v1/instance/service-accounts/default/token"
 FRESH_SECONDS = 240.0  # the metadata server has a new token when the old one is good for 5 minutes
 LOST = (OSError, http.client.HTTPException)  # what a connection dies of
@@ -85,29 +86,20 @@ class RestBucket(GsBucket):
             raise self._unreachable(error) from None
 
     def _insert(self, path: str, content: Content, generation: str, mark: str) -> str:
-        described: dict[str, object] = {"name": path, "md5Hash": content.md5, "contentType": BINARY}
-        if mark:
-            described["metadata"] = {MARK: mark}
         query = {"fields": "generation", **({"ifGenerationMatch": generation} if generation else {})}
-        send = self._in_a_session if content.size > ONE_REQUEST else self._at_once
-        answer = send(path, content, query, json.dumps(described).encode())
+        resource = described(path, content, mark)
+        if content.size > ONE_REQUEST:
+            answer = self._in_a_session(path, content, query, resource)
+        else:
+            headers, body = multipart(resource, content)
+            query["uploadType"] = "multipart"
+            answer = self._ask("POST", self._uploads(), path, query, headers, body)
         return str(json.loads(answer.body)["generation"])
 
-    def _at_once(self, path: str, content: Content, query: dict[str, str], described: bytes) -> Answer:
-        boundary = os.urandom(16).hex()
-        head = f"--{boundary}\r\nContent-Type: application/json\r\n\r\n".encode() + described
-        head += f"\r\n--{boundary}\r\nContent-Type: {BINARY}\r\n\r\n".encode()
-        tail = f"\r\n--{boundary}--\r\n".encode()
-        headers = {"Content-Type": f'multipart/related; boundary="{boundary}"'}
-        headers["Content-Length"] = str(len(head) + content.size + len(tail))
-        body = Body(head, content, 0, tail)
-        query = {"uploadType": "multipart", **query}
-        return self._ask("POST", self._uploads(), path, query, headers, body)
-
-    def _in_a_session(self, path: str, content: Content, query: dict[str, str], described: bytes) -> Answer:
+    def _in_a_session(self, path: str, content: Content, query: dict[str, str], resource: bytes) -> Answer:
         """Send what is missing, and after a cut ask how much that is. A session that is gone begins anew."""
         patience, at = Patience(self._patience), 0
-        session = self._begin(path, query, described)
+        session = self._begin(path, query, resource)
         while True:
             answer = self._put(session, at, content, patience)
             if answer.status < 300:
@@ -121,18 +113,18 @@ class RestBucket(GsBucket):
             if not patience.wait():
                 raise problem(503, b"the upload does not get on", self.bucket, path)
             if answer.status in (404, 410):
-                session, at = self._begin(path, query, described), 0
+                session, at = self._begin(path, query, resource), 0
 
-    def _begin(self, path: str, query: dict[str, str], described: bytes) -> str:
+    def _begin(self, path: str, query: dict[str, str], resource: bytes) -> str:
         headers = {"Content-Type": "application/json", "X-Upload-Content-Type": BINARY}
         query = {"uploadType": "resumable", **query}
-        answer = self._ask("POST", self._uploads(), path, query, headers, described)
+        answer = self._ask("POST", self._uploads(), path, query, headers, resource)
         place = urlsplit(answer.headers["Location"])
         return f"{place.path}?{place.query}"
 
     def _put(self, session: str, at: int, content: Content, patience: Patience) -> Answer:
         """One attempt to send all from here on; if the connection is lost, what the session says it has."""
-        size, body = content.size, Body(b"", content, at, b"")
+        size, body = content.size, Body(content, at)
         headers = {"Content-Range": f"bytes {at}-{size - 1}/{size}", "Content-Length": str(size - at)}
         while True:
             try:
@@ -142,7 +134,7 @@ class RestBucket(GsBucket):
                     raise
             headers, body = (
                 {"Content-Range": f"bytes */{size}", "Content-Length": "0"},
-                Body(b"", NOTHING, 0, b""),
+                Body(NOTHING),
             )
 
     def _list(self, prefix: str, delimiter: str) -> Iterator[tuple[list[str], list[str]]]:
@@ -185,17 +177,16 @@ class RestBucket(GsBucket):
         headers: dict[str, str] | None = None,
         body: Any = b"",
     ) -> Answer:
-        """Again and again, as long as it is worth while. Every request here may be sent twice."""
-        patience, where = Patience(self._patience), f"{target}?{urlencode(query or {})}"
-        while True:
-            try:
-                answer = self._whole(self._send(method, where, headers or {}, body))
-                if answer.status < 300:
-                    return answer
+        """Until it is answered. Every request here may be sent twice."""
+        where = f"{target}?{urlencode(query or {})}"
+
+        def once() -> Answer:
+            answer = self._whole(self._send(method, where, headers or {}, body))
+            if answer.status >= 300:
                 raise self._refusal(answer, path)
-            except BucketError as error:
-                if error.permanent or isinstance(error, Anew) or not patience.wait():
-                    raise
+            return answer
+
+        return self._again(once)
 
     def _send(self, method: str, target: str, headers: dict[str, str], body: Any = b"") -> Exchange:
         headers = {**headers, **self._token.header()}
@@ -221,18 +212,6 @@ class RestBucket(GsBucket):
 
     def _unreachable(self, error: Exception) -> BucketError:
         return BucketError(f"cannot reach Cloud Storage for {self.url}: {error!r}; try again")
-
-
-class Body:
-    """A request's body, read anew for each try."""
-
-    def __init__(self, head: bytes, content: Content, start: int, tail: bytes) -> None:
-        self._head, self._content, self._start, self._tail = head, content, start, tail
-
-    def __iter__(self) -> Iterator[bytes | memoryview]:
-        yield self._head
-        yield from self._content.read(self._start)
-        yield self._tail
 
 
 class Wire:

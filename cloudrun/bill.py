@@ -58,8 +58,9 @@ def see_ended(backend: Backend, name: str, patience: Patience, *, layer: str) ->
                 stopped = stopped or (instance is not None and instance.ended is None)
                 backend.stop(name)  # also of what is gone: this frees what it left behind
             if gone and (last or time.monotonic() >= appears):
-                itself = patience.itself if last is None or not last.why else _who_said(last.why)
-                return _seen_ended(backend, name, last, layer if stopped or not last else itself)
+                return _seen_ended(
+                    backend, name, last, layer if stopped or not last else _itself(last, patience)
+                )
         except Exception as error:  # whatever it is, it must not keep us from trying again
             errors.append(str(error))
         if time.monotonic() > max(began + patience.grace, appears) + patience.limit:
@@ -70,8 +71,8 @@ def see_ended(backend: Backend, name: str, patience: Patience, *, layer: str) ->
         time.sleep(backend.pace)
 
 
-def _who_said(why: str) -> str:
-    return "agent" if why == "the run is finished" else "guard"
+def _itself(last: Instance, patience: Patience) -> str:
+    return patience.itself if not last.why else "agent" if last.why == "the run is finished" else "guard"
 
 
 def _seen_ended(backend: Backend, name: str, last: Instance | None, layer: str) -> Ended:

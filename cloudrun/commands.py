@@ -81,7 +81,7 @@ def logs(client: Client, settings: Settings, run: str | None, *, follow: bool) -
         else:
             prefix = f"{order.prefix}/attempts/{attempt}/log"
             output = Output(client.bucket, prefix, client.report, lambda: False)
-            while not output.closed and output.step():
+            while not output.closed and output.step(hurry=True):
                 pass
         if not _has_next(client, order, attempt, patience):
             return 0

@@ -14,18 +14,15 @@ from cloudrun.limits import limits
 
 DEFAULT_HOURS = 24.0
 BACKENDS = ("gcp", "vast", "local")
+OF_A_VM = ("GCP_ACCOUNT", "GCLOUD_PROJECT", "VM_")
 
-VM = (
-    *("GCP_ACCOUNT", "GCLOUD_PROJECT", "VM_INSTANCE", "VM_USER", "VM_ZONE", "VM_TYPE", "VM_GPU", "VM_IMAGE"),
-    *("VM_DISK", "VM_SPOT", "VM_SERVICE_ACCOUNT", "VM_NETWORK", "VM_SUBNET", "VM_EXTERNAL_IP"),
-)
 NEEDED = {"gcp": ("GCLOUD_PROJECT", "GCS_DIR"), "vast": ("VAST_API_KEY", "GCS_DIR"), "local": ()}
 
 
 class Settings(NamedTuple):
     """What a command needs to know. `chosen` says why this backend, when nobody named one.
 
-    `place` says whose machines are meant, see there. `vm` has what is set of the variables in VM.
+    `place` says whose machines are meant, see there. `vm` has the variables that say which VM.
     """
 
     backend: str
@@ -88,7 +85,7 @@ def from_env(environ: Mapping[str, str], directory: str, **flags: str | float | 
         price=price,
         limits=table,
         place=place(backend, environ),
-        vm={name: environ[name] for name in VM if environ.get(name)},
+        vm={name: value for name, value in environ.items() if name.startswith(OF_A_VM) and value},
     )
 
 

@@ -120,7 +120,7 @@ class _Follower:
         self.end_at = since_boot() + order.left() + order.limits["provider"] if mine else float("inf")
         self.state: dict[str, Any] = {}
         self.asked: list[int] = []
-        self.alive = False
+        self.alive = self.complete = False
         self.gone_at: float | None = None
         self.cut_off: BucketError | None = None
         self._counted = self._told = 0
@@ -134,10 +134,11 @@ class _Follower:
             return self._seen("detached")
         seen = None
         try:
-            if show and self.output.step():
+            if show and self.output.step(hurry=self.complete):
                 self.heard = time.monotonic()
                 return None  # output first: it is what the user waits for
-            seen = self._read(show, detach)
+            if self.complete or time.monotonic() - self._stated > self.client.bucket.slow_pace:
+                seen = self._read(show, detach)
             self.cut_off = None
         except BucketError as error:
             self.cut_off, self.heard = error, time.monotonic()  # who is silent cannot be known
@@ -188,15 +189,15 @@ class _Follower:
 
     def _read(self, show: bool, detach: bool) -> Seen | None:
         """What the machine wrote: its receipt, or how it is."""
-        if time.monotonic() - self._stated > 4 * self.client.bucket.pace:
-            self._stated = time.monotonic()
-            self._read_state()
+        self._stated = time.monotonic()
+        self._read_state()
         if detach and self.state and not self.asked:
             return self._seen("detached")
         try:
             receipt = read_receipt(self.client.bucket, self.order.prefix)
         except Corrupt:
             return self._seen("finished")
+        self.complete = receipt is not None
         rest = receipt["chunks"] if receipt and show and receipt["attempt"] == self.attempt else 0
         return self._seen("finished", receipt) if receipt and self.output.printed >= rest else None
 
@@ -252,7 +253,7 @@ class _Follower:
 
     def _gone(self, show: bool) -> Seen | None:
         with suppress(BucketError):
-            if show and self.output.step():
+            if show and self.output.step(hurry=True):
                 return None
             seen = self._read(show=False, detach=False)
             if seen:

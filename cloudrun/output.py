@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import stat
+import time
 from collections.abc import Callable
 
 from cloudrun.errors import Corrupt, Missing
@@ -15,6 +16,7 @@ from cloudrun.storage import Bucket
 
 PIPE_PIECE = 4096  # select promises that so much can be written to a pipe without blocking
 WAIT_SECONDS = 0.1
+SMALL = 1 << 20  # bytes; a larger chunk may be followed by another one at once
 
 
 class Output:
@@ -30,15 +32,20 @@ class Output:
         self._bucket, self._prefix, self._report, self._tick = bucket, prefix, report, tick
         self._lost: set[int] = set()
         self._dropping = False
+        self._next = 0.0
 
-    def step(self) -> bool:
-        """Print the next chunk; False if it is not there yet."""
+    def step(self, *, hurry: bool = False) -> bool:
+        """Print the next chunk; False if it is not there yet. `hurry`: look, though it may be too soon."""
+        if not hurry and time.monotonic() < self._next:
+            return False
         name = f"{self._prefix}/{self.printed + 1:08d}"
         try:
             chunk = self._bucket.get(name)[0]
         except Missing:
             return False
         self.printed += 1
+        if len(chunk) < SMALL:  # no other one is written before so long; looking for it would cost money
+            self._next = time.monotonic() + 0.8 * self._bucket.write_pace
         try:
             for _, stream, data in read_frames(chunk, name):
                 if stream == "note":

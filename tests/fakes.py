@@ -186,7 +186,7 @@ class ActingBucket(FolderBucket):
     looks at the receipt.
     """
 
-    pace = 0.001
+    pace = slow_pace = 0.001
 
     def __init__(self, root: str) -> None:
         super().__init__(root)

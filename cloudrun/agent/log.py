@@ -14,7 +14,6 @@ from cloudrun.storage import Bucket
 
 CHUNK = 4 << 20  # bytes of frames in one object
 NEWEST = 8 << 20  # bytes that are kept in memory when the spool takes no more
-INTERVAL = 0.12  # seconds between two objects, so that a chatty program does not make thousands
 
 
 class Log:
@@ -81,7 +80,9 @@ class Log:
             insist(partial(self._bucket.create, name, chunk), float("inf"), float("inf"))
             self.sent += 1
             with self._changed:
-                self._changed.wait_for(lambda: self._closing, INTERVAL if len(chunk) < CHUNK // 2 else 0)
+                self._changed.wait_for(
+                    lambda: self._closing, self._bucket.write_pace if len(chunk) < CHUNK // 2 else 0
+                )
 
     def _next(self) -> bytes:
         """Whole frames for one object, oldest first; empty when nothing waits."""

@@ -28,7 +28,9 @@ class Bucket(Protocol):
     """
 
     url: str
-    pace: float  # seconds that a polling client or agent leaves between two looks
+    pace: float  # seconds between two looks for what should come soon, the next piece of output
+    slow_pace: float  # seconds between two looks for the rest: each costs money in a cloud
+    write_pace: float  # seconds between two pieces of output
     part_bytes: int  # a larger file is cut into parts of this size
     workers: int  # threads that sending or fetching at the same time pays for
 
@@ -85,6 +87,9 @@ class Bucket(Protocol):
 
     def delete(self, name: str) -> None:
         """Absent is success."""
+
+    def time(self) -> float | None:
+        """Seconds since the epoch by the service's own clock, when it last answered; None if it has none."""
 
     def tidy(self) -> None:
         """Remove what killed writers left behind."""

@@ -36,7 +36,7 @@ OURS = (".tmp", ".lock")  # what stands beside the objects at the top
 class FolderBucket:
     """See cloudrun.storage.Bucket. Only the owner can read what is stored here."""
 
-    pace = 0.01
+    pace, slow_pace, write_pace = 0.01, 0.04, 0.12
     part_bytes = 64 << 20  # that hashing keeps two processors busy
     workers = 2
 
@@ -140,6 +140,9 @@ class FolderBucket:
     def delete(self, name: str) -> None:
         with suppress(Missing), self._translated(name, reading=True):
             os.unlink(self._path(name))
+
+    def time(self) -> float | None:
+        return None
 
     def tidy(self) -> None:
         before = time.time() - STALE_SECONDS

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque, namedtuple
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from urllib.parse import quote, urlencode, urlsplit
 
 from cloudrun.errors import BucketError, BucketRefused, Missing
@@ -57,6 +58,10 @@ class RestBucket(GsBucket):
         self._wire = Wire(emulator or "https://storage.googleapis.com")
         metadata = os.environ.get("GCE_METADATA_HOST") or ("" if emulator else "metadata.google.internal")
         self._token = Token(metadata, f"gs://{self.bucket}")
+
+    def time(self) -> float | None:
+        date = parsedate_to_datetime(self._wire.date) if self._wire.date else None
+        return date.timestamp() if date else None
 
     def _find(self, path: str) -> Found | None:
         query = {"fields": "size,md5Hash,generation,metadata"}
@@ -225,6 +230,7 @@ class Wire:
 
             self._context = ssl.create_default_context()
         self._idle: deque[http.client.HTTPConnection] = deque()
+        self.date = ""  # of the last answer
 
     def send(self, method: str, target: str, headers: dict[str, str], body: bytes | Body) -> Exchange:
         with suppress(IndexError, ConnectionError):  # the service closes what was idle for some minutes
@@ -234,7 +240,9 @@ class Wire:
     def _exchange(self, connection: Any, *request: Any) -> Exchange:
         try:
             connection.request(request[0], request[1], request[3] or None, request[2])
-            return Exchange(connection, connection.getresponse(), self._idle)
+            response = connection.getresponse()
+            self.date = response.headers.get("Date", "")
+            return Exchange(connection, response, self._idle)
         except BaseException:
             connection.close()
             raise

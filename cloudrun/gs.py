@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ASK_FIRST = 1 << 20  # bytes; a smaller blob is sent as quickly as one asks whether it is there
 TRIES = 3  # for content that changes while it is read
+BUCKET_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 PATIENCE = 32.0  # seconds; https://cloud.google.com/storage/docs/retry-strategy
 
 
@@ -59,6 +60,8 @@ class GsBucket:
         self._patience = patience
         try:
             check_name(self.bucket + "/" + (prefix or "x"))
+            if not BUCKET_LETTERS.issuperset(self.bucket):
+                raise ValueError(self.bucket)
         except ValueError:
             raise UsageError(f"GCS_DIR={url!r}: not gs://bucket/directory") from None
 
@@ -133,9 +136,8 @@ class GsBucket:
                 break
             except BucketError as error:
                 if isinstance(error, Missing) and generation:
-                    raise BucketError(
-                        f"{self.url}/{name} was replaced while it was read; try again"
-                    ) from None
+                    text = f"{self.url}/{name} was replaced while it was read; try again"
+                    raise BucketError(text) from None
                 if error.permanent or not patience.wait():
                     raise
         if stop is not None and at < stop:
@@ -190,9 +192,8 @@ class GsBucket:
 
     def names(self, prefix: str) -> Iterator[str]:
         start = len(self._prefix)
-        for names, _ in self._list(
-            self._below(prefix), ""
-        ):  # a name that ends in a slash is a console's folder
+        for names, _ in self._list(self._below(prefix), ""):
+            # A name that ends in a slash is a folder that somebody made in a browser.
             yield from (name[start:] for name in names if not name.endswith("/"))
 
     def dirs(self, prefix: str) -> list[str]:

@@ -116,7 +116,7 @@ def _advice(status: int, words: str) -> str:
         return "log in with `gcloud auth application-default login`; a machine needs a service account"
     if status == 403:
         return "the account in use needs the role roles/storage.objectAdmin on this bucket"
-    return f"correct GCS_DIR (status {status})"
+    return f"see whether GCS_DIR is right (status {status})"
 
 
 def _words(body: bytes) -> tuple[str, str]:

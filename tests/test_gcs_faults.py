@@ -402,7 +402,7 @@ def test_a_refusal_says_why_and_what_to_do(storage, bucket, fault, advice):
 
 
 def test_a_url_without_a_bucket(kind):
-    for url in ("gs://", "gs:///x", "gs://b/a//b", "gs://b/../x"):
+    for url in ("gs://", "gs:///x", "gs://b/a//b", "gs://b/../x", "gs://b?x/y", "gs://B"):
         with pytest.raises(UsageError, match="not gs://bucket/directory"):
             kind(url)
 

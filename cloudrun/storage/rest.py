@@ -44,8 +44,6 @@ TOKEN = "/computeMetadata/v1/instance/service-accounts/default/token"
 FRESH_SECONDS = 240.0  # the metadata server has a new token when the old one is good for 5 minutes
 LOST = (OSError, http.client.HTTPException)  # what a connection dies of
 
-NOTHING = Content([])
-
 Answer = namedtuple("Answer", "status headers body")
 
 
@@ -129,7 +127,8 @@ class RestBucket(GsBucket):
 
     def _put(self, session: str, at: int, content: Content, patience: Patience) -> Answer:
         """One attempt to send all from here on; if the connection is lost, what the session says it has."""
-        size, body = content.size, Body(content, at)
+        size = content.size
+        body: bytes | Body = Body(content, at)
         headers = {"Content-Range": f"bytes {at}-{size - 1}/{size}", "Content-Length": str(size - at)}
         while True:
             try:
@@ -137,10 +136,7 @@ class RestBucket(GsBucket):
             except BucketError as error:
                 if isinstance(error, Anew) or not patience.wait():
                     raise
-            headers, body = (
-                {"Content-Range": f"bytes */{size}", "Content-Length": "0"},
-                Body(NOTHING),
-            )
+            headers, body = {"Content-Range": f"bytes */{size}", "Content-Length": "0"}, b""
 
     def _list(self, prefix: str, delimiter: str) -> Iterator[tuple[list[str], list[str]]]:
         query = {"prefix": prefix, "delimiter": delimiter, "fields": "items(name),prefixes,nextPageToken"}

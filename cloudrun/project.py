@@ -72,10 +72,10 @@ def check_project(directory: str, script: str) -> str:
 def scan(root: str) -> Scan:
     """Walk the project; paths are relative to root. Raises CloudrunError for what cannot be read."""
     result = Scan()
-    stack = [_Folder("", os.stat(root), _Code(root), _entries(root), 0)]
+    stack = [_Folder("", os.stat(root), _entries(root), 0, _Code(root))]
     while stack:  # a path of 4,096 bytes is deeper than Python can call itself
         here = stack[-1]
-        if isinstance(here.rules, _Data):
+        if here.rules is None:
             _take_plain_files(here, result)
         if here.entries:
             inside = _visit(here.entries.pop(), stack, result)
@@ -87,40 +87,27 @@ def scan(root: str) -> Scan:
 
 
 class _Folder(NamedTuple):
-    """A directory on the way down; `entries` are still to be visited, `before` were found before it."""
+    """A directory on the way down; `entries` are still to be visited, `before` were found before it.
+
+    Without `rules` it belongs to a data directory, where everything goes up; `follow`: links are followed.
+    """
 
     path: str
     status: os.stat_result
-    rules: _Data | _Code
     entries: list[os.DirEntry[str]]
     before: int
-
-
-class _Data:
-    """The rules of the three data directories: everything goes up; links are followed in data/."""
-
-    def __init__(self, follow: bool) -> None:
-        self.follow = follow
-
-    def excludes(self, entry: os.DirEntry[str], path: str) -> str | None:
-        return BESIDE if PULLED_BESIDE.search(entry.name) else None
-
-    def inside(self, folder: str, path: str) -> _Data:
-        return self
+    rules: _Code | None
+    follow: bool = False
 
 
 class _Code:
     """The rules of everything else: defaults first, then each ignore file on the way down."""
 
     def __init__(self, folder: str, path: str = "", outer: _Code | None = None) -> None:
-        self.follow = False
         self._specs: list[tuple[str, str, Any]] = list(outer._specs) if outer else []
         for name in IGNORE_FILES:
             if os.path.isfile(os.path.join(folder, name)):
                 self._specs.append((path, name, _read_rules(os.path.join(folder, name), path + name)))
-
-    def inside(self, folder: str, path: str) -> _Code:
-        return _Code(folder, path + "/", self)
 
     def excludes(self, entry: os.DirEntry[str], path: str) -> str | None:
         why = _by_default(entry)
@@ -151,8 +138,8 @@ def _by_default(entry: os.DirEntry[str]) -> str | None:
         return "caches"
     if entry.name.startswith(SECRETS) or entry.name.endswith(".pem"):
         return "secrets"
-    if PULLED_BESIDE.search(entry.name):
-        return BESIDE
+    if beside := _beside(entry):
+        return beside
     if entry.is_dir(follow_symlinks=False):
         return "virtual environments" if os.path.exists(os.path.join(entry.path, "pyvenv.cfg")) else None
     if entry.name.startswith("id_") and "." not in entry.name:
@@ -164,6 +151,10 @@ def _by_default(entry: os.DirEntry[str]) -> str | None:
         except OSError:
             return None  # the walk says what is wrong
     return None
+
+
+def _beside(entry: os.DirEntry[str]) -> str | None:
+    return BESIDE if PULLED_BESIDE.search(entry.name) else None
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
@@ -202,12 +193,12 @@ def _visit(entry: os.DirEntry[str], stack: list[_Folder], result: Scan) -> _Fold
     path = f"{here.path}/{entry.name}" if here.path else entry.name
     try:
         if not here.path and entry.name in DATA and entry.is_dir():
-            rules: _Data | _Code = _Data(entry.name == "data")
-            return _Folder(path, entry.stat(), rules, _entries(entry.path), len(result.found))
-        why = here.rules.excludes(entry, path)
+            before, follow = len(result.found), entry.name == "data"
+            return _Folder(path, entry.stat(), _entries(entry.path), before, None, follow)
+        why = here.rules.excludes(entry, path) if here.rules else _beside(entry)
         if why:
             result.skip(why, path)
-        elif link and not here.rules.follow:
+        elif link and not here.follow:
             _visit_link(entry, path, result)
         else:
             return _visit_target(entry, path, stack, result)
@@ -222,7 +213,7 @@ def _visit(entry: os.DirEntry[str], stack: list[_Folder], result: Scan) -> _Fold
 
 
 def _visit_target(entry: os.DirEntry[str], path: str, stack: list[_Folder], result: Scan) -> _Folder | None:
-    status, rules = entry.stat(), stack[-1].rules
+    status, here = entry.stat(), stack[-1]
     if stat.S_ISREG(status.st_mode):
         result.found.append(Found(path, status))
     elif not stat.S_ISDIR(status.st_mode):
@@ -230,8 +221,8 @@ def _visit_target(entry: os.DirEntry[str], path: str, stack: list[_Folder], resu
     elif entry.is_symlink() and any(os.path.samestat(status, above.status) for above in stack):
         result.skip("link loops", path)
     else:
-        inside = rules.inside(entry.path, path)
-        return _Folder(path, status, inside, _entries(entry.path), len(result.found))
+        rules = _Code(entry.path, path + "/", here.rules) if here.rules else None
+        return _Folder(path, status, _entries(entry.path), len(result.found), rules, here.follow)
     return None
 
 

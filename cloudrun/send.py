@@ -56,7 +56,7 @@ def plan(found: list[Found], index: Index, bucket: Bucket, project: str) -> Plan
     """What has to be sent: what changed since it was last hashed, and what the bucket no longer has."""
     lines = [_known_line(item, index) for item in found]
     blobs = {blob for line in lines if line for blob in BLOB.findall(line)}
-    lost = {blob for blob in blobs if bucket.size(f"{project}/blobs/{blob}") is None}
+    lost = _lost(blobs, bucket, project)
     result = Plan(found, lines)
     for number, (item, line) in enumerate(zip(found, lines, strict=True)):
         if lost and line and lost.intersection(BLOB.findall(line)):
@@ -67,6 +67,23 @@ def plan(found: list[Found], index: Index, bucket: Bucket, project: str) -> Plan
             if line is None:
                 result.new_files, result.new_size = result.new_files + 1, result.new_size + size
     return result
+
+
+def _lost(blobs: set[str], bucket: Bucket, project: str) -> set[str]:
+    """Those that the bucket does not have; asked side by side, because each answer takes a round trip."""
+    sizes: dict[str, int | None] = {}
+
+    def ask(blob: str) -> None:
+        sizes[blob] = bucket.size(f"{project}/blobs/{blob}")
+
+    asking = Background(ask, 1, bucket.workers)
+    try:
+        for blob in blobs:
+            asking.put(blob)
+        asking.finish()
+    finally:
+        asking.close()
+    return {blob for blob, size in sizes.items() if size is None}
 
 
 def send(plan: Plan, index: Index, bucket: Bucket, project: str, progress: Progress) -> Plan:

@@ -180,7 +180,11 @@ def test_backends_and_storages_know_neither_the_run_nor_each_other() -> None:
 # --- sizes
 
 
-CLOUDS = {"gcp": ("backends.gcp", "storage.gcs", "storage.rest", "gs", "jsonapi", "doctor")}
+# What one place needs that machines and buckets can be in; the rest of the client knows none of them.
+PLACES = {
+    "local": ("backends.local", "storage.folder"),
+    "gcp": ("backends.gcp", "storage.gcs", "storage.rest", "gs", "jsonapi", "doctor"),
+}
 
 
 def code_lines(path: Path) -> int:
@@ -204,13 +208,13 @@ def code_lines(path: Path) -> int:
     return len(lines - docs)
 
 
-@pytest.mark.parametrize(("part", "most"), [("client", 3200), ("agent", 900), ("gcp", 1900)])
+@pytest.mark.parametrize(("part", "most"), [("client", 3000), ("agent", 900), ("local", 450), ("gcp", 1900)])
 def test_the_package_stays_small(part: str, most: int) -> None:
     sizes: defaultdict[str, int] = defaultdict(int)
     for name, path in MODULES.items():
-        cloud = next((cloud for cloud, names in CLOUDS.items() if name.startswith(names)), "")
+        place = next((place for place, names in PLACES.items() if name.startswith(names)), "")
         family = "agent" if name.startswith("agent") else "guard" if name == "guard" else "client"
-        sizes[cloud or family] += code_lines(path)
+        sizes[place or family] += code_lines(path)
     assert sizes[part] <= most, dict(sizes)
 
 

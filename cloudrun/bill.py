@@ -40,6 +40,7 @@ class Ended(NamedTuple):
     layer: str
     proof: str
     price: float | None = None
+    parked: str = ""
 
 
 def see_ended(backend: Backend, name: str, patience: Patience, *, layer: str) -> Ended:
@@ -79,8 +80,9 @@ def _seen_ended(backend: Backend, name: str, last: Instance | None, layer: str) 
     """`last` is what was last seen of it."""
     now = time.time()
     started, ended, price = (last.started, last.ended, last.price) if last else (None, None, None)
-    proof = f"{backend.name}: no {name}, seen {timestamp(now)}"
-    return Ended(name, started, now if ended is None else ended, layer, proof, price)
+    parked = last.parked if last else ""
+    proof = f"{backend.name}: {f'{name} is stopped' if parked else f'no {name}'}, seen {timestamp(now)}"
+    return Ended(name, started, now if ended is None else ended, layer, proof, price, parked)
 
 
 def end_of(backend: Backend, bucket: Bucket, order: Order, attempt: int, *, grace: float) -> Ended:
@@ -139,6 +141,7 @@ def close(bucket: Bucket, order: Order, ends: list[Ended], reason: str, exit_cod
         "layer": ends[-1].layer if ends else "none",
         "proof": ends[-1].proof if ends else "no machine was ever asked for",
         "attempts": len(ends),
+        "parked": ends[-1].parked if ends else "",
     }
     with suppress(Conflict):  # somebody else saw the end first; one bill is enough
         bucket.create(order.prefix + "/bill.json", canonical(bill))

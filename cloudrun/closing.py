@@ -59,7 +59,8 @@ def last_line(bucket: Bucket, order: Order, outcome: Outcome, *fetched: str) -> 
     money = human_money(cost) + (" (local)" if order.backend == "local" and cost == 0 else "")
     seen = bill.get("ended")
     proof = f"seen ended {seen[11:19]} UTC" if seen else bill.get("proof", "its bill is not closed yet")
-    return " · ".join([outcome.words, ran, billed, money, *fetched, proof])
+    parked = [bill["parked"]] if bill.get("parked") else []
+    return " · ".join([outcome.words, ran, billed, money, *fetched, proof, *parked])
 
 
 def check_json(path: str | None) -> None:

@@ -38,6 +38,10 @@ class NoCapacity(CloudrunError):
     """This offer cannot be had now, and nothing was started; another one may be."""
 
 
+class Held(CloudrunError):
+    """Another run has the machine that is kept."""
+
+
 class StillRunning(CloudrunError):
     """An instance could not be seen ended. Swallowing this error hides a bill."""
 

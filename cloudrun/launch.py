@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from cloudrun.backends import open_backend
+from cloudrun.backends import Offer, open_backend
 from cloudrun.bill import close, forget
 from cloudrun.closing import bring_home, check_json, dry_run_lines, price_words, write_record
 from cloudrun.commands import sweep_up
 from cloudrun.config import Settings, from_env
-from cloudrun.errors import FAILED, CloudrunError, Interrupted, UsageError
+from cloudrun.errors import FAILED, CloudrunError, Held, Interrupted, UsageError
 from cloudrun.order import Order
 from cloudrun.project import check_project, returned
 from cloudrun.report import Report
@@ -60,6 +61,21 @@ def check(name: str, arguments: list[str], options: dict[str, Any]) -> tuple[Set
     return settings, Wanted([script, *arguments], env, options["output"], options["if_client_lost"])
 
 
+def wait_for_offers(client: Client, *, queue: bool) -> list[Offer]:
+    """`queue`: as long as another run has the machine that is kept. Raises CloudrunError, Held among them."""
+    said = False
+    while True:
+        try:
+            return find_offers(client.backend)
+        except Held as error:
+            if not queue:
+                raise
+            if not said:
+                client.report.say(f"queueing: {error}")
+            said = True
+        time.sleep(5 * client.backend.pace)
+
+
 def check_script(prepared: Prepared, wanted: Wanted) -> None:
     """Raises UsageError for a script that an ignore file keeps here."""
     script = os.path.normpath(wanted.argv[0])
@@ -91,7 +107,7 @@ def start_and_follow(client: Client, settings: Settings, wanted: Wanted, options
     check_script(prepared, wanted)
     report.say(describe(prepared))
     report.stage("offer")
-    offers = find_offers(client.backend)
+    offers = wait_for_offers(client, queue=options["wait"])
     check_limits(settings, offers)
     order = store(prepared, settings, wanted, dearest(offers), (client.bucket, report))
     try:

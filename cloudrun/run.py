@@ -22,6 +22,8 @@ from cloudrun.runs import last_attempt, read_bill
 from cloudrun.signals import Signals
 from cloudrun.storage import Bucket
 
+CONSOLE_LINES = 8
+
 
 @dataclass
 class Client:
@@ -89,6 +91,9 @@ def execute(
         if seen.how == "superseded":
             break
         outcome = conclude(client.bucket, order, seen)
+        if outcome.reason in ("failed", "lost") and seen.console.strip():
+            tail = "\n".join(seen.console.strip().split("\n")[-CONSOLE_LINES:])
+            client.report.warn(f"the last lines of the machine's console:\n{tail}")
         others = other_offers(client, order, end_at) if outcome.reason == "preempted" else []
         if not others:
             if settle(client, order, ends, outcome):

@@ -25,7 +25,7 @@ LAYERS = (
     ("order", "receipt", "zipapp", "report", "signals"),
     ("index",),
     ("backends.local", "backends.gcp"),
-    ("backends.gcp_api", "backends.gcp_boot"),
+    ("backends.gcp_api", "backends.gcp_boot", "backends.gcp_vm"),
     ("backends",),
     ("backends.gcp_prices", "backends.gcp_shapes"),
     ("project", "config"),

@@ -179,6 +179,7 @@ def test_a_bill_sums_the_machines_up(bucket: FolderBucket) -> None:
         "layer": "agent",
         "proof": "seen 1",
         "attempts": 2,
+        "parked": "",
     }
     assert list(bucket.names("open/")) == [] and bucket.size(order.prefix + "/env.json") is None
 

@@ -17,10 +17,11 @@ from contracts.backend import RUNS, BackendContract, Rig
 from gce import need_client
 
 from cloudrun.backends import Boot
-from cloudrun.backends.gcp import GcpBackend, gce_name
+from cloudrun.backends.gcp import GcpBackend
+from cloudrun.backends.gcp_vm import gce_name
 from cloudrun.bill import Patience, see_ended
 from cloudrun.config import from_env
-from cloudrun.errors import CloudrunError, NoCapacity, UsageError
+from cloudrun.errors import CloudrunError, Held, NoCapacity, UsageError
 from cloudrun.formats import timestamp
 
 QUICK = Timing(0.02, 0.02, boot=0.05, stopping=0.02, shortest_run=0.1)
@@ -223,6 +224,9 @@ def test_a_kept_machine_is_parked_and_started_again(cloud: Cloud, kept: GcpRig) 
     assert cloud.status("my-vm") == "RUNNING" and len(cloud.inserts()) == 1
     end = ended(kept, name)
     assert cloud.status("my-vm") == "TERMINATED"
+    assert (
+        end.parked == "my-vm is parked, its disk costs about 10.00 USD a month" and "is stopped" in end.proof
+    )
     assert abs((end.ended - end.started) - (cloud.meter.seconds("my-vm") - before)) < 1.0
 
 
@@ -232,9 +236,9 @@ def test_of_two_who_take_it_at_once_one_has_it(cloud: Cloud, kept: GcpRig) -> No
     found = other._kept()
     name = kept.create(attempt=2)
     assert found
-    with pytest.raises(CloudrunError, match=f"the run {RUNS[0]} has it"):
+    with pytest.raises(Held, match=f"last used by the run {RUNS[0]}"):
         other._take(*found, kept.boot(RUNS[1], 1, 60.0))
-    with pytest.raises(CloudrunError, match=f"the run {RUNS[0]} has it"):
+    with pytest.raises(Held, match=f"last used by the run {RUNS[0]}"):
         other.create(f"{RUNS[1]}-1", offers[0], kept.boot(RUNS[1], 1, 60.0))
     other.stop(f"{RUNS[1]}-1")
     assert cloud.meter.running() == ["my-vm"]

@@ -37,7 +37,7 @@ from cloudrun.start import Wanted, prepare, store
 
 STAGES = ("scan", "offer", "send", "order", "create", "created", "follow", "stop", "bill", "pull")
 LIMITS = "CLOUDRUN_LIMITS"
-OPTIONS = {"detach": False, "json_file": None}
+OPTIONS = {"wait": False, "detach": False, "json_file": None}
 
 
 class World:

@@ -39,6 +39,7 @@ class Instance(NamedTuple):
     `alive`: a guard or an agent can still end it. `ended`: since when the provider does not bill it
     any more; then `why` is the machine's own last word, if it had one, and `leftover` says that
     something of it is billed still that nobody keeps, a disk. `price`: US dollars per hour, if it says so.
+    `parked`: what is kept of it, and what that costs.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Instance(NamedTuple):
     why: str = ""
     leftover: bool = False
     price: float | None = None
+    parked: str = ""
 
 
 class Backend(Protocol):

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import time
-from datetime import datetime
 from typing import Any, NamedTuple
 
 from cloudrun.backends import Boot, Instance, Offer
@@ -18,15 +17,23 @@ from cloudrun.backends.gcp_api import ApiError, Compute, QuotaExceeded
 from cloudrun.backends.gcp_boot import startup_script
 from cloudrun.backends.gcp_prices import price as known_price
 from cloudrun.backends.gcp_shapes import Shape, image_family, resolve
+from cloudrun.backends.gcp_vm import (
+    ATTEMPT,
+    BEFORE,
+    KEPT,
+    RUN,
+    described,
+    gce_name,
+    labels_of,
+    metadata_of,
+    seconds_of_google,
+    shape_of,
+)
 from cloudrun.config import Settings, place
-from cloudrun.errors import CloudrunError, NoCapacity, UsageError
-from cloudrun.formats import seconds_of, timestamp
+from cloudrun.errors import CloudrunError, Held, NoCapacity, UsageError
 
 ZONES = "us-central1-a us-central1-b us-central1-c"
 DISK_GB = 100
-RUN, ATTEMPT, ENDS, KEPT, BEFORE = (
-    f"cloudrun-{word}" for word in ("run", "attempt", "ends", "kept", "before")
-)
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?\Z")
 LEAST_SECONDS = 30  # of maxRunDuration (D:instances/limit-vm-runtime)
 ASK_AGAIN_SECONDS = 30.0  # when a stop that was accepted has had no effect
@@ -96,7 +103,7 @@ class GcpBackend:
             zone, vm = found
             self._check_kept(zone, vm)
             spot = vm.scheduling.provisioning_model == "SPOT"
-            return [self._offer(_shape_of(vm), zone, spot)]
+            return [self._offer(shape_of(vm), zone, spot)]
         self._compute.ready()
         if wanted.image.startswith("projects/") and "/family/" in wanted.image:
             self._check_image(wanted.image)
@@ -128,13 +135,14 @@ class GcpBackend:
                 "choose another name with VM_INSTANCE"
             )
         wanted, differs = self._wanted, ""
-        shape = _shape_of(vm)
+        self._check_free(vm)
+        shape = shape_of(vm)
         if {"VM_TYPE", "VM_GPU"} & set(self._vm) and wanted.shape != shape:
             differs = f"it has {shape.words}, and {wanted.shape.words} is wanted"
         elif "VM_DISK" in self._vm and vm.disks[0].disk_size_gb != wanted.disk:
             differs = f"its disk has {vm.disks[0].disk_size_gb} GB, and {wanted.disk} are wanted"
-        elif "VM_IMAGE" in self._vm and wanted.image != _metadata(vm).get("cloudrun-image"):
-            differs = f"its image is {_metadata(vm).get('cloudrun-image')}, and {wanted.image} is wanted"
+        elif "VM_IMAGE" in self._vm and wanted.image != metadata_of(vm).get("cloudrun-image"):
+            differs = f"its image is {metadata_of(vm).get('cloudrun-image')}, and {wanted.image} is wanted"
         if differs:
             delete = self._gcloud("delete", vm.name, zone)
             raise CloudrunError(
@@ -182,7 +190,7 @@ class GcpBackend:
                 sdk.ServiceAccount(email=vm.get("VM_SERVICE_ACCOUNT") or "default", scopes=[SCOPE])
             ],
             scheduling=self._scheduling(boot, wanted.shape, wanted.spot, kept=kept),
-            labels=_labels(boot, kept=kept),
+            labels=labels_of(boot, kept=kept),
             metadata=sdk.Metadata(items=self._items(boot, kept=kept)),
         )
         if wanted.shape.accelerator:
@@ -196,12 +204,11 @@ class GcpBackend:
     def _take(self, zone: str, vm: Any, boot: Boot) -> None:
         """Start the machine that is kept. Who changes its labels first, while it is parked, has it."""
         sdk, where = self._compute, {"instance": vm.name}
-        if vm.status != "TERMINATED":
-            raise CloudrunError(f"{vm.name} is {vm.status.lower()}: {self._holder(vm)}")
-        stopped = _seconds(vm.last_stop_timestamp)
+        self._check_free(vm)
+        stopped = seconds_of_google(vm.last_stop_timestamp)
         labels = sdk.InstancesSetLabelsRequest(
             label_fingerprint=vm.label_fingerprint,
-            labels={**vm.labels, **_labels(boot, kept=True), BEFORE: str(int(stopped or 0))},
+            labels={**vm.labels, **labels_of(boot, kept=True), BEFORE: str(int(stopped or 0))},
         )
         try:
             sdk.change("set_labels_unary", zone, instances_set_labels_request_resource=labels, **where)
@@ -209,15 +216,16 @@ class GcpBackend:
             if error.code != 412:
                 raise
             now = sdk.call("Instances", "get", zone=zone, **where)
-            raise CloudrunError(f"{vm.name} was taken a moment ago: {self._holder(now)}") from None
-        others = {key: value for key, value in _metadata(vm).items() if key not in ("startup-script",)}
+            self._check_free(now)
+            raise Held(f"{vm.name} was changed by somebody else a moment ago; run again") from None
+        others = {key: value for key, value in metadata_of(vm).items() if key not in ("startup-script",)}
         items = [sdk.Items(key=key, value=value) for key, value in others.items()]
         metadata = sdk.Metadata(
             fingerprint=vm.metadata.fingerprint, items=items + self._items(boot, kept=True)[:1]
         )
         sdk.change("set_metadata_unary", zone, metadata_resource=metadata, **where)
         spot = vm.scheduling.provisioning_model == "SPOT"
-        scheduling = self._scheduling(boot, _shape_of(vm), spot, kept=True)
+        scheduling = self._scheduling(boot, shape_of(vm), spot, kept=True)
         sdk.change("set_scheduling_unary", zone, scheduling_resource=scheduling, **where)
         try:
             sdk.change("start_unary", zone, **where)
@@ -228,9 +236,14 @@ class GcpBackend:
             ) from None
         self._check_limit(vm.name, zone)
 
-    def _holder(self, vm: Any) -> str:
+    def _check_free(self, vm: Any) -> None:
+        """Raises Held for a machine that is not parked."""
         run = vm.labels.get(RUN)
-        return f"the run {run} has it; --wait queues, and `cloudrun stop {run}` ends that run"
+        if vm.status != "TERMINATED":
+            raise Held(
+                f"{vm.name} is {vm.status.lower()}, and was last used by the run {run}: --wait queues, "
+                f"`cloudrun stop {run}` ends that run; if a person started it, stop it in the console"
+            )
 
     def _scheduling(self, boot: Boot, shape: Shape, spot: bool, *, kept: bool) -> Any:
         sdk = self._compute
@@ -266,10 +279,10 @@ class GcpBackend:
 
     def find(self, name: str) -> Instance | None:
         found = self._found(name)
-        return self._described(*found) if found else None
+        return described(*found, self._price) if found else None
 
     def all(self) -> list[Instance]:
-        found = [self._described(*each) for each in self._compute.listed(f"labels.{RUN}:*")]
+        found = [described(*each, self._price) for each in self._compute.listed(f"labels.{RUN}:*")]
         return [instance for instance in found if instance.ended is None or instance.leftover]
 
     def stop(self, name: str) -> None:
@@ -330,62 +343,3 @@ class GcpBackend:
             (zone, vm) for zone, vm in found if (vm.labels.get(RUN), vm.labels.get(ATTEMPT)) == (run, attempt)
         ]
         return mine[0] if mine else None
-
-    def _described(self, zone: str, vm: Any) -> Instance:
-        run, attempt = vm.labels.get(RUN, ""), vm.labels.get(ATTEMPT, "0")
-        started, stopped = (_seconds(when) for when in (vm.last_start_timestamp, vm.last_stop_timestamp))
-        started = started or _seconds(vm.creation_timestamp) or time.time()
-        ended = None
-        if vm.status == "TERMINATED":
-            ended = stopped or time.time()
-            if str(int(ended)) == vm.labels.get(BEFORE):  # taken, and never started since
-                started = ended
-        spot = vm.scheduling.provisioning_model == "SPOT"
-        return Instance(
-            name=f"{run}-{attempt}",
-            run=run,
-            attempt=int(attempt),
-            deadline=timestamp(float(vm.labels.get(ENDS, "0"))),
-            started=started,
-            alive=vm.status != "TERMINATED",
-            ended=ended,
-            leftover=ended is not None and vm.labels.get(KEPT) != "yes",
-            price=known_price(_shape_of(vm), zone, spot) if self._price is None else self._price,
-        )
-
-
-def gce_name(name: str) -> str:
-    """The name of an attempt's machine: at most 63 of a-z, 0-9 and -, beginning with a letter."""
-    project, *rest = name.rsplit("-", 4)
-    tail = "-".join(["", *rest])
-    head = re.sub(r"[^a-z0-9]", "-", project)
-    head = head if head[:1].isalpha() else "run-" + head
-    return head[: 63 - len(tail)] + tail
-
-
-def _labels(boot: Boot, *, kept: bool) -> dict[str, str]:
-    ends = str(math.ceil(seconds_of(boot.deadline)))
-    labels = {RUN: boot.run, ATTEMPT: str(boot.attempt), ENDS: ends}
-    return {**labels, KEPT: "yes"} if kept else labels
-
-
-def _metadata(vm: Any) -> dict[str, str]:
-    return {item.key: item.value for item in vm.metadata.items}
-
-
-def _shape_of(vm: Any) -> Shape:
-    """The shape of a machine that is there, as `resolve` would have it."""
-    machine_type = vm.machine_type.rpartition("/")[2]
-    attached = [each for each in vm.guest_accelerators if machine_type.startswith("n1-")]
-    gpu = ""
-    if attached:
-        gpu = f"{attached[0].accelerator_type.rpartition('/')[2]}:{attached[0].accelerator_count}"
-    try:
-        return resolve(gpu, machine_type, True)
-    except UsageError:
-        return Shape(machine_type)
-
-
-def _seconds(text: str) -> float | None:
-    """RFC 3339 with an offset, as Compute Engine writes it; None for no time."""
-    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else None

@@ -1,0 +1,95 @@
+"""What an instance of Compute Engine is to us: whose machine, since when, at what price. Pure."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from datetime import datetime
+from typing import Any
+
+from cloudrun.backends import Boot, Instance
+from cloudrun.backends.gcp_prices import disk_per_month
+from cloudrun.backends.gcp_prices import price as known_price
+from cloudrun.backends.gcp_shapes import Shape, resolve
+from cloudrun.errors import UsageError
+from cloudrun.formats import seconds_of, timestamp
+
+RUN, ATTEMPT, ENDS, KEPT, BEFORE = (
+    f"cloudrun-{word}" for word in ("run", "attempt", "ends", "kept", "before")
+)
+
+
+def described(zone: str, vm: Any, price: float | None) -> Instance:
+    """`price`: what the user says; None: what is known."""
+    run, attempt = vm.labels.get(RUN, ""), vm.labels.get(ATTEMPT, "0")
+    started, stopped = (seconds_of_google(when) for when in (vm.last_start_timestamp, vm.last_stop_timestamp))
+    started = started or seconds_of_google(vm.creation_timestamp) or time.time()
+    ended = None
+    if vm.status == "TERMINATED":
+        ended = stopped or time.time()
+        if str(int(ended)) == vm.labels.get(BEFORE):  # taken, and never started since
+            started = ended
+    spot = vm.scheduling.provisioning_model == "SPOT"
+    return Instance(
+        name=f"{run}-{attempt}",
+        run=run,
+        attempt=_number(attempt),
+        deadline=timestamp(_number(vm.labels.get(ENDS, ""))),
+        started=started,
+        alive=vm.status != "TERMINATED",
+        ended=ended,
+        leftover=ended is not None and vm.labels.get(KEPT) != "yes",
+        price=known_price(shape_of(vm), zone, spot) if price is None else price,
+        parked=parked_words(vm) if ended is not None and vm.labels.get(KEPT) == "yes" else "",
+    )
+
+
+def _number(text: str) -> int:
+    """Of a label, which anybody may have set."""
+    return int(text) if text.isdecimal() and len(text) < 11 else 0
+
+
+def parked_words(vm: Any) -> str:
+    size = sum(disk.disk_size_gb for disk in vm.disks)
+    # The kind of a disk is not told here; what a machine is made with is what its shape needs.
+    cost = disk_per_month(shape_of(vm).disk_type, size)
+    words = "what is not known" if cost is None else f"about {cost:.2f} USD"
+    return f"{vm.name} is parked, its disk costs {words} a month"
+
+
+def gce_name(name: str) -> str:
+    """The name of an attempt's machine: at most 63 of a-z, 0-9 and -, beginning with a letter."""
+    project, *rest = name.rsplit("-", 4)
+    tail = "-".join(["", *rest])
+    head = re.sub(r"[^a-z0-9]", "-", project)
+    head = head if head[:1].isalpha() else "run-" + head
+    return head[: 63 - len(tail)] + tail
+
+
+def labels_of(boot: Boot, *, kept: bool) -> dict[str, str]:
+    ends = str(math.ceil(seconds_of(boot.deadline)))
+    labels = {RUN: boot.run, ATTEMPT: str(boot.attempt), ENDS: ends}
+    return {**labels, KEPT: "yes"} if kept else labels
+
+
+def metadata_of(vm: Any) -> dict[str, str]:
+    return {item.key: item.value for item in vm.metadata.items}
+
+
+def shape_of(vm: Any) -> Shape:
+    """The shape of a machine that is there, as `resolve` would have it."""
+    machine_type = vm.machine_type.rpartition("/")[2]
+    attached = [each for each in vm.guest_accelerators if machine_type.startswith("n1-")]
+    gpu = ""
+    if attached:
+        gpu = f"{attached[0].accelerator_type.rpartition('/')[2]}:{attached[0].accelerator_count}"
+    try:
+        return resolve(gpu, machine_type, True)
+    except UsageError:
+        return Shape(machine_type)
+
+
+def seconds_of_google(text: str) -> float | None:
+    """RFC 3339 with an offset, as Compute Engine writes it; None for no time."""
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else None

@@ -1,0 +1,146 @@
+"""Whole runs on the emulated Google Cloud: what only a rented machine has. The meter is the judge."""
+
+import os
+import signal
+import tempfile
+
+import pytest
+from cloud import machines
+from cloud.errors import bad_request
+from cloud.faults import Answer
+from conftest import Machinery
+from gce import Gce, need_client
+from machine import signal_all, wait_until
+from places import GcpPlace
+from test_ends import POLITE, SLEEP, WORK, hours, lose
+
+
+@pytest.fixture
+def gcp(tmp_path):
+    need_client()
+    if reason := machines.unavailable():
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(dir=machines.disk_root(), ignore_cleanup_errors=True) as disks:
+        found = Machinery(tmp_path, GcpPlace(disks))
+        yield found
+        found.close()
+
+
+VM = {"VM_INSTANCE": "my-vm", "VM_SPOT": "0"}
+
+
+def status(gcp):
+    return gcp.place.cloud.status("my-vm")
+
+
+def test_a_kept_machine_is_parked_and_used_again(gcp):
+    gcp.main(
+        WORK + "print(open('/boots').read() if os.path.exists('/boots') else 'new', flush=True)\n"
+        "open('/boots', 'w').write('used')"
+    )
+    first = gcp.start("main.py", **VM)
+    assert first.wait(60) == 0, gcp.err(first)
+    assert status(gcp) == "TERMINATED" and "parked, its disk costs about 10.00 USD a month" in gcp.err(first)
+    second = gcp.start("main.py", **VM)
+    assert second.wait(60) == 0, gcp.err(second)
+    assert (gcp.out(first), gcp.out(second)) == ("new\n", "used\n")
+    assert status(gcp) == "TERMINATED" and len(gcp.place.cloud.inserts()) == 1
+    gcp.meter.wait_gone(2)
+
+
+def test_a_second_run_names_the_one_that_has_the_machine_or_queues(gcp):
+    gcp.main(POLITE)
+    first = gcp.running("main.py", **VM)
+    second = gcp.start("main.py", **VM)
+    assert second.wait(60) == 125
+    assert "was last used by the run digits-" in gcp.err(second) and "--wait" in gcp.err(second)
+    third = gcp.start("--wait", "main.py", **VM)
+    wait_until(lambda: "queueing: my-vm is running" in gcp.err(third), 30)
+    first.send_signal(signal.SIGINT)
+    assert first.wait(60) == 130
+    wait_until(lambda: "up\n" in gcp.out(third), 60)
+    third.send_signal(signal.SIGINT)
+    assert third.wait(60) == 130
+    gcp.meter.wait_gone(2)
+
+
+def test_a_person_who_starts_a_parked_machine_finds_it_left_on(gcp):
+    gcp.main(WORK)
+    assert gcp.run("main.py", **VM) == 0
+    by_hand(gcp)
+    wait_until(lambda: gcp.place.role("agent") == [] and "startup-script" in gcp.place.cloud.console("my-vm"))
+    wait_until(lambda: not gcp.place.role("guard"), 20)
+    assert status(gcp) == "RUNNING" and "the run is finished" not in gcp.place.cloud.console("my-vm")
+    assert gcp.run("ps", **VM) == 0, "and nobody ends it as overdue"
+    assert status(gcp) == "RUNNING"
+
+
+def by_hand(gcp):
+    """As a person does in the console."""
+    gce = Gce(gcp.place.cloud)
+    gce.vm("start_unary", "my-vm")
+    gcp.place.cloud.wait("my-vm", "RUNNING")
+    gcp.place.cloud.machine("my-vm")
+
+
+def test_a_guest_that_reboots_goes_on_with_its_run(gcp):
+    gcp.main(
+        WORK + "print('up', os.path.exists('model/step'), flush=True)\n"
+        "if os.path.exists('model/step'): sys.exit(9)\n"
+        "write('model/step', '1'); time.sleep(100)"
+    )
+    client = gcp.running("main.py", text="up False\n", **VM)
+    wait_until(lambda: gcp.saved("model/step"))
+    Gce(gcp.place.cloud).vm("reset_unary", "my-vm")
+    assert client.wait(60) == 9, gcp.err(client)
+    assert gcp.out(client) == "up False\nup True\n"
+    assert gcp.ended(2)["attempts"] == 1
+
+
+def test_a_stop_from_outside_ends_the_run_and_is_no_preemption(gcp):
+    gcp.main(POLITE)
+    client = gcp.running("main.py", **VM)
+    Gce(gcp.place.cloud).vm("stop_unary", "my-vm")
+    assert client.wait(60) == 121
+    assert "shut down from outside" in gcp.err(client)
+    assert gcp.ended(2)["attempts"] == 1 and status(gcp) == "TERMINATED"
+
+
+def test_the_provider_ends_what_nobody_else_ends(gcp):
+    """Client gone, guard and agent stopped: Google's own limit, a minute after the deadline."""
+    gcp.main(SLEEP)
+    lose(gcp.running(hours(20), "main.py", **VM))
+    signal_all(gcp.role("guard") + gcp.role("agent") + gcp.role("program"), signal.SIGSTOP)
+    gcp.place.cloud.clock.advance(20 + 60 + 5)
+    gcp.meter.wait_gone(15)
+    assert gcp.run("wait", **VM) in (121, 124)
+    assert gcp.object("bill.json")
+
+
+def test_a_driver_that_does_not_answer_is_found_before_anything_is_fetched(gcp):
+    gcp.main(WORK)
+    (gcp.project / "data").mkdir()
+    (gcp.project / "data/big").write_bytes(os.urandom(9_000_000))
+    client = gcp.start("main.py", VM_GPU="L4", VM_SPOT="0")
+    name = wait_until(lambda: gcp.meter.members, 30)[0]
+    gcp.place.cloud.machine(name).set_gpu("fail")
+    assert client.wait(60) == 125, gcp.err(client)
+    assert "0 of 1 GPUs can be used: nvidia-smi says" in gcp.err(client)
+    gcp.ended(2)
+
+
+def test_a_gpu_that_answers_is_used(gcp):
+    gcp.main("import subprocess; print(subprocess.check_output(['nvidia-smi', '-L'], text=True))")
+    client = gcp.start("main.py", VM_GPU="L4", VM_SPOT="0")
+    assert client.wait(60) == 0 and "GPU 0: NVIDIA L4" in gcp.out(client)
+    gcp.ended(2)
+
+
+def test_an_insert_that_fails_and_leaves_a_machine(gcp):
+    gcp.main(WORK)
+    failure = Answer(bad_request("something went wrong"), done=True)
+    gcp.place.cloud.faults.on("instances.insert", failure, nth=1)
+    client = gcp.start("main.py")
+    assert client.wait(60) == 125 and "something went wrong" in gcp.err(client)
+    gcp.meter.wait_gone(2)
+    assert gcp.place.cloud.meter.disks() == []

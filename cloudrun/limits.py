@@ -11,6 +11,8 @@ DEFAULTS: dict[str, float] = {
     "boot": 300,  # from the create call to the agent's first word
     "boot_least": 90,  # a machine in a cloud that has less than this, and the reserve, is not started
     "fetch": 7200,  # inputs onto the machine
+    "environment": 1800,  # the login shell, and installing what the project requires
+    "login": 20,  # the login shell alone
     "save": 900,  # the last save, the log's tail and the receipt, each
     "save_interval": 60,  # between two saves; 10 times the last save's duration if that is more
     "grace_interrupt": 10,  # from SIGINT to SIGTERM

@@ -139,6 +139,9 @@ class Run:
             "left": self.left,
         }
 
+    def command(self, python):
+        return [python, "-I", "-S", "agent.pyz"]
+
     def start(self, python=sys.executable, **environ):
         """The agent alone; we are its guard."""
         self.folder.mkdir(exist_ok=True)
@@ -149,7 +152,7 @@ class Run:
         env["PATH"] = os.path.dirname(python) + ":" + env["PATH"]
         with open(self.folder / "console", "ab") as console:
             self.process = subprocess.Popen(
-                [python, "-I", "-S", "agent.pyz"],
+                self.command(python),
                 cwd=self.folder,
                 env=env,
                 pass_fds=[writing],

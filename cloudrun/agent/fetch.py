@@ -18,13 +18,20 @@ from cloudrun.agent.watch import Task, Watch
 from cloudrun.errors import CloudrunError, Corrupt
 from cloudrun.formats import Entry, read_entry
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cloudrun.agent.earlier import Earlier
+
 LARGE = 16 << 20  # bytes from which on it is worth while to ask for a clone
 PIECE = 256 << 10  # bytes read at once
 SPARE = 64 << 20  # bytes of free disk that must remain
 
 
 class Fetch:
-    """One fetch of everything. `stop` ends it early; `progress` tells meanwhile how far it is."""
+    """One fetch of everything. `stop` ends it early; `progress` tells meanwhile how far it is.
+
+    `earlier` has what need not be fetched, if there is such a thing.
+    """
 
     def __init__(self, watch: Watch) -> None:
         self.bucket, self.prefix, self.order = watch.bucket, watch.prefix, watch.order
@@ -34,13 +41,20 @@ class Fetch:
         self._modes: list[tuple[str, int]] = []
         self._lock = threading.Lock()
         manifest = self.order["manifest"]
+        self.manifest = os.path.abspath("manifest.jsonl")  # out of main.py's reach
+        self.earlier: Earlier | None = None
+        self._taken: dict[str, int] = {}
         self.progress = {"files": 0, "bytes": 0, "of_files": manifest["files"], "of_bytes": manifest["bytes"]}
 
     def inputs(self) -> None:
         """Raises CloudrunError or OSError."""
         wanted = self.order["manifest"]
-        check_space(wanted["bytes"], wanted["files"])
-        groups = groupby(self._pieces(wanted["sha256"]), together)
+        self._read_manifest(wanted["sha256"])
+        if self.earlier:
+            self._taken = self.earlier.take(self.manifest)
+            self.progress.update(files=len(self._taken), bytes=sum(self._taken.values()))
+        check_space(wanted["bytes"] - self.progress["bytes"], wanted["files"] - self.progress["files"])
+        groups = groupby(self._pieces(), together)
         tasks = [Task(self._work, groups) for _ in range(self.bucket.workers)]
         for task in tasks:
             while task.is_alive():
@@ -65,18 +79,22 @@ class Fetch:
             else:
                 make_folder(entry.path)
 
-    def _pieces(self, sha256: str) -> Iterator[tuple[Entry, int]]:
-        """What has content, piece by piece, each with its place in its file; the rest is dealt with here."""
-        name = self.prefix + "/manifest.jsonl"
-        digest, lines = hashlib.sha256(), "../manifest.jsonl"
-        with open(lines, "wb") as file:
+    def _read_manifest(self, sha256: str) -> None:
+        name, digest = self.prefix + "/manifest.jsonl", hashlib.sha256()
+        with open(self.manifest, "wb") as file:
             for piece in self.bucket.chunks(name):
                 digest.update(piece)
                 file.write(piece)
         if digest.hexdigest() != sha256:
             raise Corrupt(f"{name} is damaged: its sha256 is not the one in the order")
-        with open(lines, encoding="ascii") as text:
+
+    def _pieces(self) -> Iterator[tuple[Entry, int]]:
+        """What has content, piece by piece, each with its place in its file; the rest is dealt with here."""
+        name = self.prefix + "/manifest.jsonl"
+        with open(self.manifest, encoding="ascii") as text:
             for entry in (read_entry(json.loads(line), name, with_parts=True) for line in text):
+                if entry.path in self._taken:
+                    continue
                 if len(entry.parts) > 1:
                     self._modes.append((entry.path, entry.mode))
                     yield from pieces_of(entry)
@@ -164,14 +182,20 @@ def write_file(
 
 
 class Stretch:
-    """The bytes of a file from a place on, read anew each time this is iterated."""
+    """The bytes of a file from a place on, read anew each time this is iterated.
 
-    def __init__(self, path: str, at: int = 0, length: int = sys.maxsize) -> None:
-        self._path, self._at, self._length = path, at, length
+    `inside`: raises PermissionError for one that is not there, whatever its path seemed to be.
+    """
+
+    def __init__(self, path: str, at: int = 0, length: int = sys.maxsize, inside: str = "") -> None:
+        self._path, self._at, self._length, self._inside = path, at, length, inside
 
     def __iter__(self) -> Iterator[bytes]:
         left = self._length
         with open(self._path, "rb", buffering=0) as file:
+            opened = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+            if not os.path.realpath(opened).startswith((self._inside, opened)):  # too long to be told: itself
+                raise PermissionError(f"{self._path} is not inside of the project")
             file.seek(self._at)
             while left and (data := file.read(min(left, PIECE))):
                 left -= len(data)

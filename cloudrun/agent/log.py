@@ -26,8 +26,8 @@ class Log:
     def __init__(self, bucket: Bucket, prefix: str, limit: int) -> None:
         self.sent = sum(1 for _ in bucket.names(prefix + "/"))  # after a reboot it goes on
         self._bucket, self._prefix, self._limit = bucket, prefix, limit
-        self._spool = os.open("../spool", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.unlink("../spool")
+        self._spool = os.open("spool", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.unlink("spool")
         self._read = self._written = 0
         self._ends: deque[int] = deque()  # places in the spool where a frame ends, a chunk apart
         self._newest: deque[bytes] = deque()

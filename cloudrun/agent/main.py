@@ -22,6 +22,10 @@ from cloudrun.formats import canonical, parse
 from cloudrun.processes import descendants, kill_descendants
 from cloudrun.storage import open_bucket
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cloudrun.agent.environment import Environment
+
 PR_SET_CHILD_SUBREAPER = 36
 TURN_SECONDS = 0.25  # the longest that the main loop sleeps
 ENDING_SECONDS = 0.02  # the same once main.py was asked to end, or has ended
@@ -79,15 +83,14 @@ class Attempt:
         self.reason, self.message, self.unsaved = "exited", "", ""
         self.program: Program | None = None
         self.torn = False
-        os.makedirs("work", exist_ok=True)
-        os.chdir("work")
+        self.rented: Environment | None = None  # None: main.py runs as who we are
         self.saver = Saver(watch, self.order["outputs"])
         self.log = Log(watch.bucket, watch.attempt + "/log", int(watch.limits["spool"]))
         watch.helpers.append(self.log.task)
 
     def work(self) -> None:
         try:
-            if self.fetch():
+            if self.fetch() and self.prepare():
                 self.run()
         except Exception as error:
             if self.reason != "preempted":
@@ -115,34 +118,61 @@ class Attempt:
         task = Task(self.bring, fetch)
         done = self.watch.join(task, self.watch.limits["fetch"], heed=True)
         fetch.stop.set()
+        if not self.goes_on():
+            return False
+        if not done:
+            raise task.error or CloudrunError("fetching the inputs took too long")
+        return True
+
+    def goes_on(self) -> bool:
+        """Whether there is no reason to end before main.py has begun."""
         reason = self.watch.reason()
         if reason in ("guard-lost", "agent-failed"):
             raise CloudrunError(f"{reason}: {self.watch.trouble()}")
         if reason:
             self.end(reason)
-        elif not done:
-            raise task.error or CloudrunError("fetching the inputs took too long")
         return not reason
 
     def bring(self, fetch: Fetch) -> None:
-        """Inputs, over them what an earlier attempt saved, and an environment without anything of ours."""
+        """Inputs, over them what an earlier attempt saved, and the values given with -e."""
+        if self.watch.boot["backend"] == "local":
+            os.makedirs("work", exist_ok=True)
+            os.chdir("work")
+        else:
+            from cloudrun.agent.environment import Environment  # which a local run does not pay for
+
+            self.rented = Environment(self.watch, self.log.write)
+            fetch.earlier = self.rented.enter()
         fetch.inputs()
         fetch.outputs(self.saver.previous())
+        if self.rented:
+            self.rented.settle(fetch.manifest, self.saver.outputs)
         self.saver.begin()
-        given = parse(self.watch.read("env.json") or b"{}", "env.json")
-        if set(self.order.get("env", ())) - set(given):
+        self.given = parse(self.watch.read("env.json") or b"{}", "env.json")
+        if set(self.order.get("env", ())) - set(self.given):
             raise CloudrunError("the values given with -e are gone from the bucket")
-        marks = {name: value for name, value in os.environ.items() if name.startswith("CLOUDRUN_")}
-        self.environment = dict(os.environ, PYTHONUNBUFFERED="1")
-        self.environment.update({**given, **marks, "CLOUDRUN_ROLE": "program"})
-        del self.environment["CLOUDRUN_BOOT"], self.environment["CLOUDRUN_GUARD"]
+
+    def prepare(self) -> bool:
+        """main.py's Python and its environment, without anything of ours."""
+        environ = dict(os.environ)
+        if self.rented:
+            self.watch.phase("environment")
+            environ = self.rented.login()
+        environ.update({"PYTHONUNBUFFERED": "1", **self.given})
+        python = shutil.which("python") or shutil.which("python3") or sys.executable
+        argv = [python, *self.order["argv"]]
+        if self.rented:
+            argv = self.rented.command(environ, self.order)
+        environ.update((name, value) for name, value in os.environ.items() if name.startswith("CLOUDRUN_"))
+        del environ["CLOUDRUN_BOOT"], environ["CLOUDRUN_GUARD"]
+        self.argv, self.environment = argv, {**environ, "CLOUDRUN_ROLE": "program"}
+        return self.goes_on()
 
     def run(self) -> None:
         """main.py from start to end: its output copied, saved every so often, ended if it has to be."""
         self.watch.phase("run")
         began = now()
-        python = shutil.which("python") or shutil.which("python3") or sys.executable
-        program = self.program = Program([python, *self.order["argv"]], self.environment, self.log.write)
+        program = self.program = Program(self.argv, self.environment, self.log.write)
         reason, ending = None, []
         asked, self.saver.is_running = began, program.is_running
         self.watch.helpers.append(Task(self.saver.every_so_often, partial(self.log.write, "note")))

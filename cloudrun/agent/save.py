@@ -31,7 +31,7 @@ class Saver:
         self.bucket, self.watch, self.roots = watch.bucket, watch, roots
         self.uncopied = 0
         self.is_running: Callable[[], bool] = lambda: False
-        self._inside = os.getcwd() + "/"
+        self._inside = ""
         self._name = watch.prefix + "/outputs.json"
         self._version: str | None = None
         self._sequence = 0
@@ -55,6 +55,7 @@ class Saver:
 
     def begin(self) -> None:
         """Remember what is here before main.py starts: inputs are no outputs until they change."""
+        self._inside = os.getcwd() + "/"
         self._stored = {path: (key, self.outputs.get(path)) for path, _, key in self._walk()}
 
     def look(self, *, ended: bool = False) -> None:
@@ -160,7 +161,9 @@ class Saver:
         if stat.S_ISDIR(status.st_mode):
             return Entry(path, mode)
         try:
-            sha256 = self.bucket.put_blob(self.watch.prefix + "/saved/", Stretch(path), durable=True)
+            sha256 = self.bucket.put_blob(
+                self.watch.prefix + "/saved/", Stretch(path, inside=self._inside), durable=True
+            )
         except (FileNotFoundError, PermissionError):
             return None
         return Entry(path, mode, status.st_size, sha256)

@@ -35,6 +35,7 @@ from cloudrun.errors import CloudrunError, Held, NoCapacity, UsageError
 ZONES = "us-central1-a us-central1-b us-central1-c"
 DISK_GB = 100
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?\Z")
+USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
 LEAST_SECONDS = 30  # of maxRunDuration (D:instances/limit-vm-runtime)
 ASK_AGAIN_SECONDS = 30.0  # when a stop that was accepted has had no effect
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
@@ -73,6 +74,8 @@ def wanted(vm: dict[str, str]) -> Wanted:
         image = image or image_family(shape)
     except UsageError as error:
         problems.append(str(error))
+    if not USER.match(vm.get("VM_USER", "root")):
+        problems.append(f"VM_USER={vm['VM_USER']}: at most 32 of a-z, 0-9, _ and -")
     if problems:
         raise UsageError("\n".join(problems))
     return Wanted(shape, name, zones, bool(spot), int(disk), image)

@@ -19,7 +19,7 @@ SCRIPT = """#!/bin/sh
 export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 end() {{ echo "CLOUDRUN-FATAL {instance} $1"; poweroff; sleep 60; exit 1; }}
 command -v python3 >/dev/null || end "this image has no python3"
-mkdir -p {folder} && cd {folder} || end "the disk cannot be written"
+rm -rf /var/lib/cloudrun && mkdir -p -m 700 {folder} && cd {folder} || end "the disk cannot be written"
 cat >guard.py <<'END-OF-GUARD' || end "the disk cannot be written"
 {guard}
 END-OF-GUARD

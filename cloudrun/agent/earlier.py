@@ -6,6 +6,7 @@ inode, size and times as they were when it had been checked, and whoever changes
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Collection, Iterator
@@ -60,7 +61,8 @@ class Earlier:
 
     def keep(self) -> None:
         """Make what was noted outlive this run. May take long."""
-        os.sync()  # a file that a power failure emptied can have the size and times of a whole one
+        # A file that a power failure emptied can have the size and times of a whole one.
+        ctypes.CDLL(None).syncfs(os.open(".", os.O_RDONLY))
         with open(self._index + ".new", "w") as file:
             json.dump(self._known, file)
         os.replace(self._index + ".new", self._index)

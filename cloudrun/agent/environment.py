@@ -80,7 +80,7 @@ class Environment:
         self._manifest = manifest
         self._account.give()
         self._earlier.note(manifest, outputs)
-        Task(self._earlier.keep)
+        self.keeping = Task(self._earlier.keep)
 
     def login(self) -> dict[str, str]:
         """What a login of the user sets. A profile that is broken or hangs does not break the run."""

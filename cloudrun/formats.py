@@ -31,9 +31,10 @@ so that bytes which are not UTF-8 survive as lone surrogates):
 
 The guard gets CLOUDRUN_BOOT in its environment, a JSON object: run, attempt, instance, backend, bucket,
 prefix (<project>/runs/<run>), agent and order ([object, sha256]), left (seconds until the deadline),
-agent_gone and agent_silence (seconds). The agent gets the same, and CLOUDRUN_GUARD, the number of the
-pipe to its parent: `.` alive, `R` the run is finished, `L<seconds>\\n` so much is left at most, `H` hands
-off: leave the machine on.
+agent_gone and agent_silence (seconds); of a machine in a cloud also kept (whether it outlives the run), gpus
+(so many have to work) and user (whose main.py is; empty: root's). The agent gets the same, and
+CLOUDRUN_GUARD, the number of the pipe to its parent: `.` alive, `R` the run is finished, `L<seconds>\\n` so
+much is left at most, `H` hands off: leave the machine on.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from machine import Run, wait_until
+from machine import Run, interpreter, wait_until
 
 from cloudrun.agent.fetch import Stretch, make_parent
 from cloudrun.receipt import outcome_of
@@ -113,7 +113,7 @@ class Disk:
         file.write_text(text)
         file.chmod(mode)
 
-    def start(self, main="", files=(), *, without=(), **order):
+    def start(self, main="", files=(), *, without=(), python=PYTHON, **order):
         """`without`: the bucket has lost the content of these, so that fetching them fails."""
         self.runs += 1
         top = self.top / str(self.runs)
@@ -125,7 +125,7 @@ class Disk:
         for path in without:
             sha256 = run.input(path, {**dict(files), "main.py": textwrap.dedent(main)}[path]).sha256
             Path(run.bucket.root, "p/blobs", sha256).unlink()
-        return run.start(PYTHON, GCE_METADATA_HOST=self.metadata)
+        return run.start(python, GCE_METADATA_HOST=self.metadata)
 
     def run(self, main="", files=(), **order):
         return self.start(main, files, **order).finish()
@@ -175,6 +175,12 @@ def test_main_py_is_a_program_of_the_user_who_is_made_for_it(disk):
     assert run.words.endswith(b"R") and run.console == ""
     again = facts(disk.run(FACTS))
     assert again["ids"] == found["ids"] and again["env"]["PATH"] == env["PATH"]
+
+
+def test_the_oldest_python_will_do(disk):
+    files = {**WHEELS, "requirements.txt": OFFLINE + "tiny<2\n"}
+    run = disk.run(PRINT, files, python=interpreter("3.8"))
+    assert run.output().startswith(b"1.0 "), (run.console, run.receipt)
 
 
 def test_without_a_user_it_is_roots(disk):

@@ -69,6 +69,7 @@ class Environment:
         self._watch, self._write = watch, write
         self._account = Account(watch.boot.get("user", ""))
         self._said, self._until = b"", 0.0
+        self.keeping: Task | None = None
 
     def enter(self) -> Earlier:
         """Go to the project's directory, which is empty and still ours alone."""
@@ -79,8 +80,9 @@ class Environment:
         """All is here, the `outputs` of an earlier attempt as well: hand it over."""
         self._manifest = manifest
         self._account.give()
-        self._earlier.note(manifest, outputs)
-        self.keeping = Task(self._earlier.keep)
+        if self._watch.boot.get("kept"):
+            self._earlier.note(manifest, outputs)
+            self.keeping = Task(self._earlier.keep)
 
     def login(self) -> dict[str, str]:
         """What a login of the user sets. A profile that is broken or hangs does not break the run."""

@@ -102,7 +102,7 @@ class Attempt:
             self.message = self.message or "the end of its output could not be sent"
         if self.reason != "preempted":
             self.watch.join(Task(insist, self.write_receipt, self.room(), SHORT_SECONDS), self.room())
-            if self.program and self.rented:
+            if self.rented and self.rented.keeping:
                 self.watch.join(self.rented.keeping, min(LEAST_SECONDS, self.room()))
 
     def room(self) -> float:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cloudrun.backends.gcp import wanted
 from cloudrun.backends.gcp_shapes import OWN_IMAGE, TABLE, Shape, image_family, resolve
 from cloudrun.errors import UsageError
 
@@ -256,3 +257,10 @@ def test_gpus_that_no_public_image_can_drive(gpu: str) -> None:
     with pytest.raises(UsageError, match=f"{gpu} needs .* set VM_IMAGE"):
         image_family(resolve(gpu, "", False))
     assert gpu in OWN_IMAGE and set(OWN_IMAGE) <= {row.gpu for row in TABLE}
+
+
+@pytest.mark.parametrize("name", ["Lena", "-r", "1st", "a b", "x" * 33, "lena\n"])
+def test_a_user_that_no_machine_can_have_is_refused_before_anything_costs(name: str) -> None:
+    assert wanted({"VM_USER": "lena_2-x"})
+    with pytest.raises(UsageError, match="VM_USER="):
+        wanted({"VM_USER": name})

@@ -127,8 +127,10 @@ def test_inputs_arrive_as_they_were(data, model):
             os.symlink("../main.py", "model/a link")
             os.symlink("model", "weights")
             order = send_here(bucket)
+        with working_in(f"{there}-machine"):
+            fetch = Fetch(Watch(bucket, order))
         with working_in(there):
-            Fetch(Watch(bucket, order)).inputs()
+            fetch.inputs()
         assert read(there) == read(here)
 
 
@@ -138,8 +140,10 @@ def test_large_files_of_several_parts_arrive_too():
             write({"large": (os.urandom(7_000_000), 0o600), "other": (b"x", 0o644), "z": ({})}, "data")
             write({"large": (b"x" * (20 << 20), 0o640)}, "model")
             order = send_here(bucket)
+        with working_in(f"{there}-machine"):
+            fetch = Fetch(Watch(bucket, order))
         with working_in(there):
-            Fetch(Watch(bucket, order)).inputs()
+            fetch.inputs()
         assert read(there) == read(here)
 
 

@@ -31,7 +31,7 @@ class Patience(NamedTuple):
 class Ended(NamedTuple):
     """An instance was seen ended. `layer`: agent, guard, lease or sweep; started is None if nobody knows.
 
-    `price`: US dollars per hour; None: that of the order.
+    `price`: US dollars per hour; None: that of the order. `least`: seconds that are billed in any case.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Ended(NamedTuple):
     proof: str
     price: float | None = None
     parked: str = ""
+    least: float = 0.0
 
 
 def see_ended(backend: Backend, name: str, patience: Patience, *, layer: str) -> Ended:
@@ -82,7 +83,9 @@ def _seen_ended(backend: Backend, name: str, last: Instance | None, layer: str) 
     started, ended, price = (last.started, last.ended, last.price) if last else (None, None, None)
     parked = last.parked if last else ""
     proof = f"{backend.name}: {f'{name} is stopped' if parked else f'no {name}'}, seen {timestamp(now)}"
-    return Ended(name, started, now if ended is None else ended, layer, proof, price, parked)
+    return Ended(
+        name, started, now if ended is None else ended, layer, proof, price, parked, backend.least_billed
+    )
 
 
 def end_of(backend: Backend, bucket: Bucket, order: Order, attempt: int, *, grace: float) -> Ended:
@@ -128,7 +131,8 @@ def close(bucket: Bucket, order: Order, ends: list[Ended], reason: str, exit_cod
     lived = [max(end.ended - (end.started or end.ended), 0.0) for end in ends]
     seconds = sum(lived) if len(starts) == len(ends) else None
     prices = [order.price if end.price is None else end.price for end in ends]
-    costs = [time * price / 3600 for time, price in zip(lived, prices, strict=True) if price is not None]
+    billed = [max(time, end.least) if time else 0.0 for time, end in zip(lived, ends, strict=True)]
+    costs = [time * price / 3600 for time, price in zip(billed, prices, strict=True) if price is not None]
     known = seconds is not None and len(costs) == len(ends) and (ends or order.price is not None)
     bill = {
         "reason": reason,

@@ -27,7 +27,7 @@ class FakeBackend:
     name = "fake"
     place = ""
     pace = 0.002
-    appears_within = 0.0
+    appears_within = least_billed = 0.0
 
     def __init__(self) -> None:
         self.machines: dict[str, Instance] = {}

@@ -61,6 +61,7 @@ class Backend(Protocol):
     name: str
     place: str  # see cloudrun.config.place
     pace: float  # seconds between two looks at a machine
+    least_billed: float  # seconds that each start of a machine costs at least
     appears_within: float  # seconds from a create call to the moment when its machine can be found
 
     def offers(self) -> list[Offer]:

@@ -85,6 +85,7 @@ class GcpBackend:
     """See cloudrun.backends.Backend."""
 
     name = "gcp"
+    least_billed = 60.0  # D:vm-instance-pricing
 
     def __init__(self, settings: Settings) -> None:
         self._vm, self._price = settings.vm, settings.price

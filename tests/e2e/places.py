@@ -43,6 +43,8 @@ class CloudMeter:
 class GcpPlace:
     """Where the machines of a Machinery are: `settings` to reach them, and what is in their bucket."""
 
+    least_billed = 60  # seconds
+
     def __init__(self, folder):
         self.limits = {"look": 0.1, "appears": 1.0, "boot_least": 1.0}
         self.storage = Storage()
@@ -94,6 +96,8 @@ class GcpPlace:
 
 class LocalPlace:
     """The same for machines that are process trees on this computer."""
+
+    least_billed = 0
 
     def __init__(self, top, meter, role):
         self.limits, self.meter, self.role = {}, meter, role

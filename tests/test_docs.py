@@ -41,9 +41,10 @@ def test_every_setting_is_in_the_table_and_nothing_else() -> None:
     read |= {name for names in config.NEEDED.values() for name in names}
     later = {"GCP_ACCOUNT"}
     machine = {"CLOUDRUN_BOOT", "CLOUDRUN_GUARD", "TERM"}
-    assert read - machine - {"CLOUDRUN_LIMITS"} == {
-        name for row in table("variable") for name in re.findall(r"[A-Z_]+", row)
-    } - later
+    assert (
+        read - machine - {"CLOUDRUN_LIMITS"}
+        == {name for row in table("variable") for name in re.findall(r"[A-Z_]+", row)} - later
+    )
     assert "CLOUDRUN_LIMITS" in (TOP / "CONTRIBUTING.md").read_text()
 
 

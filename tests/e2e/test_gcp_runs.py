@@ -144,3 +144,19 @@ def test_an_insert_that_fails_and_leaves_a_machine(gcp):
     assert client.wait(60) == 125 and "something went wrong" in gcp.err(client)
     gcp.meter.wait_gone(2)
     assert gcp.place.cloud.meter.disks() == []
+
+
+def test_the_program_runs_as_the_user_of_the_machine(gcp):
+    gcp.main(
+        WORK
+        + "import pwd\n"
+        + "print(pwd.getpwuid(os.getuid()).pw_name, os.getcwd(), os.environ['HOME'], len(os.environ['KEY']))"
+    )
+    client = gcp.start("-e", "KEY=in-no-metadata", "main.py", VM_USER="student", **VM)
+    assert client.wait(60) == 0, gcp.err(client)
+    assert gcp.out(client) == "student /home/student/cloudrun/digits /home/student 14\n"
+    assert gcp.ended(2) and gcp.local("model/first") == "first"
+    cloud = gcp.place.cloud
+    assert not any("in-no-metadata" in str(request.body) for request in cloud.requests)
+    assert "in-no-metadata" not in cloud.console("my-vm")
+    assert not any(b"in-no-metadata" in found.data for found in gcp.place.storage.objects("b").values())

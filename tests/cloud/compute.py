@@ -18,6 +18,7 @@ from .api_instances import InstanceMethods
 from .clock import Clock
 from .errors import ApiError
 from .faults import Faults
+from .iam import Permissions
 from .instances import Instance
 from .machines import Machine
 from .project import Project, Timing, erase
@@ -90,6 +91,8 @@ class Cloud:
         self._methods = (InstanceMethods(self.project), CatalogMethods(self.project))
         self._compute = Server(self._answer, port)
         self._oauth = Server(self.logins.answer)
+        self.iam = Permissions(self.project, self.faults)
+        self._iam = Server(self.iam.answer)
 
     def __enter__(self) -> Cloud:
         return self
@@ -101,7 +104,7 @@ class Cloud:
         """End every machine and server; nothing is left but the consoles."""
         self.faults.closed.set()
         self.clock.close()
-        for server in (self._compute, self._oauth):
+        for server in (self._compute, self._oauth, self._iam):
             server.close()
         for machine in self.all_machines:
             machine.close()
@@ -131,6 +134,10 @@ class Cloud:
         """What a client has to export. No credentials: then it is anonymous."""
         return {
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE": self.compute_url,
+            "CLOUDSDK_API_ENDPOINT_OVERRIDES_CLOUDRESOURCEMANAGER": f"http://127.0.0.1:{self._iam.port}/",
+            "CLOUDSDK_API_ENDPOINT_OVERRIDES_IAM": f"http://127.0.0.1:{self._iam.port}/",
+            "CLOUDSDK_API_ENDPOINT_OVERRIDES_IAMCREDENTIALS": f"{self.token_url}/",
+            "CLOUDSDK_AUTH_TOKEN_HOST": f"{self.token_url}/token",
             "GCLOUD_PROJECT": self.project.name,
             "NO_GCE_CHECK": "true",
         }
@@ -256,6 +263,8 @@ class Cloud:
             raise Cut
         request.user = grant.principal if grant else self.project.user
         asked = request.permission
+        if "compute.googleapis.com" in self.faults.disabled:
+            raise errors.api_disabled(self.project.name)
         if {(request.user, asked), ("*", asked)} & self.faults.denied:
             raise errors.forbidden(asked, request.address.partition("?")[0].removeprefix(PREFIX))
         if (

@@ -68,15 +68,15 @@ def forbidden(permission: str, resource: str) -> ApiError:
     return ApiError(403, "forbidden", f"Required '{permission}' permission for '{resource}'")
 
 
-def api_disabled(project: str) -> ApiError:
+def api_disabled(project: str, service: str = "compute.googleapis.com") -> ApiError:
     info = {
         "@type": "type.googleapis.com/google.rpc.ErrorInfo",
         "reason": "SERVICE_DISABLED",
         "domain": "googleapis.com",
-        "metadata": {"service": "compute.googleapis.com", "consumer": f"projects/{project}"},
+        "metadata": {"service": service, "consumer": f"projects/{project}"},
     }
     message = (
-        f"Compute Engine API has not been used in project {project} before or it is disabled. Enable it by "
+        f"{service} has not been used in project {project} before or it is disabled. Enable it by "
         "visiting the console, then retry."
     )
     return ApiError(403, "accessNotConfigured", message, domain="usageLimits", details=(info,))

@@ -116,6 +116,7 @@ class Faults:
     offline: set[str] = field(default_factory=set)  # instances whose every connection breaks
     isolated: set[str] = field(default_factory=set)  # instances that boot without any network
     denied: set[tuple[str, str]] = field(default_factory=set)  # (principal or *, permission)
+    disabled: set[str] = field(default_factory=set)  # APIs, compute.googleapis.com
     anonymous: bool = True  # requests without a token are let in
     last: dict[str, Reply] = field(default_factory=dict)
     closed: threading.Event = field(default_factory=threading.Event)
@@ -139,7 +140,7 @@ class Faults:
         """Everything works again."""
         self.rules.clear()
         self.appear_after.clear()
-        for each in (self.stuck, self.offline, self.isolated, self.denied):
+        for each in (self.stuck, self.offline, self.isolated, self.denied, self.disabled):
             each.clear()
 
     def answer(self, request: Any, perform: Callable[[], Reply]) -> Reply:

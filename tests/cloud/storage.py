@@ -16,6 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,12 +66,15 @@ class Rewrite:
 class Storage:
     """A server while its context lasts. `tokens`: without it nobody is asked for one.
 
+    `denied`: (principal or *, permission). `policies`: the bindings of a bucket's IAM policy.
     `rewrite_step`: bytes that one rewrite call copies. `clock`: seconds since the epoch.
     """
 
     tokens: dict[str, Token] | None = None
     clock: Callable[[], float] = time.time
     rewrite_step: int | None = None
+    denied: set[tuple[str, str]] = field(default_factory=set)
+    policies: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     faults: Faults = field(default_factory=Faults)
     log: Log = field(default_factory=Log)
 
@@ -78,6 +82,7 @@ class Storage:
         self.store = Objects(self.clock)
         self.sessions = Sessions(self.store)
         self._rewrites: dict[str, Rewrite] = {}
+        self._fields: dict[str, dict[str, Any]] = {}
         self._server = Server(self)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -90,8 +95,13 @@ class Storage:
         self._server.shutdown()
         self._server.server_close()
 
-    def create_bucket(self, bucket: str) -> None:
+    def create_bucket(self, bucket: str, **fields: Any) -> None:
+        """`fields` of the bucket's resource, where they differ from those of a bucket in us-central1."""
         self.store.create_bucket(bucket)
+        self._fields[bucket] = fields
+
+    def change_bucket(self, bucket: str, **fields: Any) -> None:
+        self._fields[bucket] = {**self._fields.get(bucket, {}), **fields}
 
     def objects(self, bucket: str) -> dict[str, Object]:
         """What is in a bucket now, by name."""
@@ -110,21 +120,39 @@ class Storage:
 
     def allow(self, token: str, permission: str, bucket: str, name: str) -> None:
         """Raise 401 or 403 unless the bearer of this token may do this."""
-        if self.tokens is None:
-            return
-        known = self.tokens.get(token)
+        known = Token() if self.tokens is None else self.tokens.get(token)
         where = "bucket" if permission.endswith(".list") or ".buckets." in permission else "object"
         denied = (
             f"does not have {permission} access to the Google Cloud Storage {where}. "
             f"Permission '{permission}' denied on resource (or it may not exist)."
         )
         at = {"locationType": "header", "location": "Authorization"}
-        if not token:
+        if not token and self.tokens is not None:
             raise ApiError(401, "required", f"Anonymous caller {denied}", **at)
         if known is None or known.expires <= self.clock():
             raise ApiError(401, "authError", "Invalid Credentials", **at)
-        if not known.allows(permission, bucket, name):
+        if not known.allows(permission, bucket, name) or self._denies(known, permission):
             raise ApiError(403, "forbidden", f"{known.principal} {denied}")
+
+    def _denies(self, known: Token, permission: str) -> bool:
+        return bool({(known.principal, permission), ("*", permission)} & self.denied)
+
+    def held(self, token: str, bucket: str, permissions: list[str]) -> dict[str, Any]:
+        """https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions"""
+        self.store.bucket(bucket)
+        found = []
+        for permission in permissions:
+            with suppress(ApiError):
+                self.allow(token, permission, bucket, "")
+                found.append(permission)
+        kind = {"kind": "storage#testIamPermissionsResponse"}
+        return {**kind, "permissions": found} if found else kind
+
+    def policy(self, bucket: str) -> dict[str, Any]:
+        """https://cloud.google.com/storage/docs/json_api/v1/buckets/getIamPolicy"""
+        self.store.bucket(bucket)
+        head = {"kind": "storage#policy", "resourceId": f"projects/_/buckets/{bucket}"}
+        return {**head, "version": 1, "etag": "CAE=", "bindings": self.policies.get(bucket, [])}
 
     def insert(
         self,
@@ -219,6 +247,11 @@ class Storage:
             "storageClass": "STANDARD",
             "metageneration": "1",
             "softDeletePolicy": {"retentionDurationSeconds": "604800"},
+            "iamConfiguration": {
+                "uniformBucketLevelAccess": {"enabled": True},
+                "publicAccessPrevention": "inherited",
+            },
+            **self._fields.get(bucket, {}),
         }
 
 

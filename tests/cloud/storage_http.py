@@ -132,6 +132,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.parts[0] == "upload":
             return self._upload_kind()
         if self.command == "GET":
+            if parts[4:5] == ["iam"]:
+                return ("permissions" if parts[5:] == ["testPermissions"] else "policy"), ""
             if self.query.get("alt") == "media" and name:
                 return "read", name
             return ("get" if name else "list" if len(parts) == 5 else "bucket"), name
@@ -244,6 +246,14 @@ class Handler(BaseHTTPRequestHandler):
     def _do_bucket(self, data: bytes) -> Answer:
         self.storage.allow(self.token, "storage.buckets.get", self.parts[3], "")
         return self._json(self.storage.bucket_resource(self.parts[3]))
+
+    def _do_permissions(self, data: bytes) -> Answer:
+        asked = [value for name, value in parse_qsl(self.path.partition("?")[2]) if name == "permissions"]
+        return self._json(self.storage.held(self.token, self.parts[3], asked))
+
+    def _do_policy(self, data: bytes) -> Answer:
+        self.storage.allow(self.token, "storage.buckets.getIamPolicy", self.parts[3], "")
+        return self._json(self.storage.policy(self.parts[3]))
 
     def _do_list(self, data: bytes) -> Answer:
         self.storage.allow(self.token, "storage.objects.list", self.parts[3], self.query.get("prefix", ""))

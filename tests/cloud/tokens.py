@@ -15,6 +15,9 @@ from .clock import Clock
 from .server import Call, Reply, json_reply
 
 LIFETIME = 3599
+EMAIL = "https://www.googleapis.com/auth/userinfo.email"
+# What `gcloud auth application-default login` asks for, unless it is told otherwise.
+LOGIN = ("openid", EMAIL, "https://www.googleapis.com/auth/cloud-platform")
 JWT = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 
 
@@ -92,7 +95,9 @@ class TokenServer:
             return refused("unsupported_grant_type", "Invalid grant_type")
         if not principal or principal in self.dead:
             return refused("invalid_grant", "Token has been expired or revoked.")
-        token = self.tokens.issue(principal, scopes=tuple(fields.get("scope", "").split()))
+        # A refresh that names no scopes gets all that the login was for.
+        scopes = tuple(fields.get("scope", "").split()) or (LOGIN if kind == "refresh_token" else ())
+        token = self.tokens.issue(principal, scopes=scopes)
         answer = {"access_token": token, "expires_in": self.tokens.left(token), "token_type": "Bearer"}
         return json_reply(answer)
 
@@ -119,8 +124,13 @@ class TokenServer:
         grant = self.tokens.valid(token)
         if grant is None:
             return refused("invalid_token", "Invalid Value")
-        left = str(self.tokens.left(token))
-        return json_reply({"email": grant.principal, "expires_in": left, "scope": " ".join(grant.scopes)})
+        left, expires = str(self.tokens.left(token)), str(int(grant.expires))
+        shown = {"azp": "id", "aud": "id", "sub": "1", "exp": expires, "access_type": "offline"}
+        shown.update(expires_in=left, scope=" ".join(grant.scopes))
+        # https://developers.google.com/identity/protocols/oauth2: whose it is belongs to a scope of its own.
+        if EMAIL in grant.scopes or grant.principal.endswith(".gserviceaccount.com"):
+            shown.update(email=grant.principal, email_verified="true")
+        return json_reply(shown)
 
 
 def bearer(call: Call) -> str:

@@ -31,7 +31,7 @@ LAYERS = (
     ("project", "config"),
     ("storage.folder", "storage.gcs", "storage.rest", "limits"),
     ("gs",),
-    ("storage",),
+    ("storage", "account"),
     ("background", "cache", "formats", "jsonapi", "processes"),
     ("errors",),
     ("guard", ""),
@@ -184,7 +184,7 @@ def test_backends_and_storages_know_neither_the_run_nor_each_other() -> None:
 PLACES = {
     "local": ("backends.local", "storage.folder"),
     "rented": ("agent.account", "agent.earlier", "agent.environment"),
-    "gcp": ("backends.gcp", "storage.gcs", "storage.rest", "gs", "jsonapi", "doctor"),
+    "gcp": ("backends.gcp", "storage.gcs", "storage.rest", "gs", "jsonapi", "account", "doctor"),
 }
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from cloudrun import account
 from cloudrun.errors import CloudrunError, NoCapacity, UsageError
 
 TIMEOUT = 30.0  # seconds for one request
@@ -47,7 +48,7 @@ class Compute:
 
     def __init__(self, project: str, environ: Mapping[str, str]) -> None:
         self.project = project
-        self._endpoint = environ.get(ENDPOINT, "")
+        self._environ, self._endpoint = environ, environ.get(ENDPOINT, "")
         self._clients: dict[str, Any] = {}
         self._error: Exception | None = None
         self._ready = threading.Thread(target=self._load, daemon=True)
@@ -59,7 +60,7 @@ class Compute:
         if isinstance(self._error, ImportError):
             raise UsageError("the gcp backend needs its SDK: pip install 'cloudrun[gcp]'") from None
         if self._error:
-            raise UsageError(f"{self._error}\nlog in: gcloud auth application-default login") from None
+            raise _translated(self._error, self.project) from None
 
     def call(self, service: str, method: str, **request: Any) -> Any:
         """One request, tried again while the service says that its trouble will pass.
@@ -125,7 +126,7 @@ class Compute:
 
             logging.getLogger("google.auth").setLevel(logging.ERROR)  # what matters is raised as well
             self._v1 = compute_v1
-            options = {"credentials": self._credentials()}
+            options = {"credentials": account.credentials(self._environ, self._endpoint)}
             if self._endpoint:
                 parts = urlsplit(self._endpoint)
                 options["client_options"] = {"api_endpoint": f"{parts.scheme}://{parts.netloc}"}
@@ -134,23 +135,11 @@ class Compute:
         except Exception as error:
             self._error = error
 
-    def _credentials(self) -> Any:
-        import google.auth
-        from google.auth.credentials import AnonymousCredentials
-        from google.auth.exceptions import DefaultCredentialsError
-
-        try:
-            return google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])[0]
-        except DefaultCredentialsError:
-            if urlsplit(self._endpoint).hostname in ("127.0.0.1", "localhost", "::1"):
-                return AnonymousCredentials()
-            raise
-
 
 def _translated(error: Exception, project: str) -> CloudrunError:
     """What the SDK raised: requests' errors come through it as they are (gcp.md: never retried by it)."""
     from google.api_core.exceptions import GoogleAPICallError
-    from google.auth.exceptions import GoogleAuthError
+    from google.auth.exceptions import GoogleAuthError, TransportError
     from requests.exceptions import RequestException
 
     if isinstance(error, GoogleAPICallError):
@@ -164,12 +153,10 @@ def _translated(error: Exception, project: str) -> CloudrunError:
         if "quotaExceeded" in reasons:
             return _quota(text)
         return ApiError(text, code)
-    if isinstance(error, GoogleAuthError):
-        return UsageError(
-            f"Google refuses the credentials: {error}\nlog in: gcloud auth application-default login"
-        )
-    if isinstance(error, RequestException):
+    if isinstance(error, RequestException | TransportError):
         return ApiError(f"Compute Engine cannot be reached: {error}")
+    if isinstance(error, GoogleAuthError):
+        return UsageError(f"Google credentials: {error}\nlog in: gcloud auth application-default login")
     if isinstance(error, CloudrunError):
         return error
     return ApiError(f"{type(error).__name__}: {error}", -1)

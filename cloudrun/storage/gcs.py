@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
-from urllib.parse import urlsplit
 
+from cloudrun import account
 from cloudrun.errors import BucketError, BucketRefused, Missing, UsageError
 from cloudrun.gs import PATIENCE, GsBucket
 from cloudrun.jsonapi import (
@@ -30,7 +30,6 @@ from cloudrun.jsonapi import (
 
 UPLOAD_PIECE = 4 << 20  # bytes of an upload in one request; the library has up to twice as much in memory
 LOGIN = "log in with `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS"
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class GcsBucket(GsBucket):
@@ -46,8 +45,11 @@ class GcsBucket(GsBucket):
         except ImportError:
             raise UsageError(f"GCS_DIR={url} needs Google's library: pip install 'cloudrun[gcp]'") from None
         self._retry = DEFAULT_RETRY.with_delay(0.1, 8.0, 2.0).with_timeout(patience)
+        endpoint = os.environ.get("STORAGE_EMULATOR_HOST", "")
         with self._translated(""):
-            self._client = storage.Client(project=None, credentials=credentials or _credentials())
+            self._client = storage.Client(
+                project=None, credentials=credentials or account.credentials(os.environ, endpoint)
+            )
             _widen(self._client._http, 2 * self.workers)
         self._bucket = self._client.bucket(self.bucket)
 
@@ -186,18 +188,6 @@ class _File:
             self._rest = self._rest[left:]
         self._at += found.tell()
         return found.getvalue()
-
-
-def _credentials() -> Any:
-    """None: the default ones. An emulator on this computer gets real ones only if somebody named them."""
-    import google.auth
-    from google.auth.credentials import AnonymousCredentials
-
-    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
-    named = {"GOOGLE_APPLICATION_CREDENTIALS", "GCE_METADATA_HOST"} & set(os.environ)
-    if urlsplit(emulator).hostname in LOOPBACK and not named:
-        return AnonymousCredentials()
-    return google.auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_write"])[0]
 
 
 def _widen(session: Any, connections: int) -> None:

@@ -85,6 +85,17 @@ class Command(click.Command):
         return dict(context.parent.params)
 
 
+class Doctor(Command):
+    """Wrong settings are among its findings, so it is given none."""
+
+    def invoke(self, context: click.Context) -> int:
+        from cloudrun.doctor import doctor
+
+        options = self.options_before(context)
+        quiet = context.params["quiet"] or options["quiet"]
+        return doctor(options["backend"], as_json=context.params["as_json"], quiet=quiet)
+
+
 def flag(*names: str, help: str) -> click.Option:
     return click.Option(names, is_flag=True, help=help)
 
@@ -137,6 +148,14 @@ for name, (words, params) in COMMANDS.items():
     run = [] if name == "ps" else [click.Argument(["run"], required=False)]
     quiet = flag("-q", "--quiet", help="Say only what is wrong.")
     cli.add_command(Command(name, params=[*run, *params, quiet], help=words, short_help=words))
+cli.add_command(
+    Doctor(
+        "doctor",
+        params=[AS_JSON, flag("-q", "--quiet", help="Say only what is wrong.")],
+        help="Look at everything that a run needs, and say what to type to mend what is wrong.",
+        short_help="Look at everything that a run needs.",
+    )
+)
 
 
 @cli.command("completion", short_help="Print what makes your shell complete cloudrun's words.")

@@ -54,7 +54,7 @@ def from_env(environ: Mapping[str, str], directory: str, **flags: str | float | 
         problems.append(f"{name}={text}: not a number above 0")
         return None
 
-    backend, chosen = _backend(environ, flags.get("backend"))
+    backend, chosen = choose_backend(environ, flags.get("backend"))
     if backend not in BACKENDS:
         problems.append(f"CLOUDRUN_BACKEND={backend}: not one of {', '.join(BACKENDS)}")
     missing = [name for name in NEEDED.get(backend, ()) if not environ.get(name)]
@@ -96,7 +96,8 @@ def _bucket(environ: Mapping[str, str], backend: str) -> str:
     return "file://" + bucket if bucket.startswith("/") else bucket
 
 
-def _backend(environ: Mapping[str, str], flag: object) -> tuple[str, str]:
+def choose_backend(environ: Mapping[str, str], flag: object) -> tuple[str, str]:
+    """The backend, and why it is that one, if nobody named it."""
     named = flag or environ.get("CLOUDRUN_BACKEND")
     if named:
         return str(named), ""

@@ -16,7 +16,10 @@ PACKAGE = TOP / "cloudrun"
 # Each line may import the lines below it, and itself only as far as ITSELF says.
 LAYERS = (
     ("cli",),
-    ("launch",),
+    ("launch", "doctor.gcp"),
+    ("doctor.access", "doctor.bucket", "doctor.machines"),
+    ("doctor",),
+    ("doctor.google",),
     ("commands", "closing"),
     ("run", "start", "sweep"),
     ("follow",),
@@ -44,6 +47,7 @@ OPENED = {
     ("storage", "storage.rest"),
     ("backends", "backends.local"),
     ("backends", "backends.gcp"),
+    ("doctor", "doctor.gcp"),
 }
 AGENT_MAY = {"agent", "background", "formats", "errors", "gs", "jsonapi", "processes", "storage"}
 SENT = (
@@ -68,6 +72,7 @@ CATCH_ALL = {
     "agent/watch.py: run",  # an error of a thread is kept for who waits for it
     "cli.py: main",  # the error boundary
     "guard.py: main",  # the machine has to end, whatever it is
+    "doctor/__init__.py: work",  # a check that breaks must not hide the others
     "background.py: _run",  # an error of a thread is kept for who waits for it
     "bill.py: see_ended",  # the undo step: nothing may keep it from trying again
 }

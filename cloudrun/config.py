@@ -85,8 +85,13 @@ def from_env(environ: Mapping[str, str], directory: str, **flags: str | float | 
         price=price,
         limits=table,
         place=place(backend, environ),
-        vm={name: value for name, value in environ.items() if name.startswith(OF_A_VM) and value},
+        vm=of_a_vm(environ),
     )
+
+
+def of_a_vm(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that say which VM; an empty one is not set."""
+    return {name: value for name, value in environ.items() if name.startswith(OF_A_VM) and value}
 
 
 def _bucket(environ: Mapping[str, str], backend: str) -> str:

@@ -72,7 +72,7 @@ CATCH_ALL = {
     "agent/watch.py: run",  # an error of a thread is kept for who waits for it
     "cli.py: main",  # the error boundary
     "guard.py: main",  # the machine has to end, whatever it is
-    "doctor/__init__.py: work",  # a check that breaks must not hide the others
+    "doctor/__init__.py: _work",  # a check that breaks must not hide the others
     "background.py: _run",  # an error of a thread is kept for who waits for it
     "bill.py: see_ended",  # the undo step: nothing may keep it from trying again
 }
@@ -189,7 +189,8 @@ def test_backends_and_storages_know_neither_the_run_nor_each_other() -> None:
 PLACES = {
     "local": ("backends.local", "storage.folder"),
     "rented": ("agent.account", "agent.earlier", "agent.environment"),
-    "gcp": ("backends.gcp", "storage.gcs", "storage.rest", "gs", "jsonapi", "account", "doctor"),
+    "gcp": ("backends.gcp", "storage.gcs", "storage.rest", "gs", "jsonapi", "account"),
+    "doctor": ("doctor",),
 }
 
 
@@ -214,7 +215,7 @@ def code_lines(path: Path) -> int:
     return len(lines - docs)
 
 
-SIZES = {"client": 3000, "agent": 900, "local": 450, "rented": 250, "gcp": 1900}
+SIZES = {"client": 3000, "agent": 900, "local": 450, "rented": 250, "gcp": 1900, "doctor": 650}
 
 
 @pytest.mark.parametrize(("part", "most"), SIZES.items())

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from cloudrun.config import choose_backend, from_env
+from cloudrun.config import choose_backend, from_env, of_a_vm
 from cloudrun.errors import USAGE, UsageError
 from cloudrun.report import ESCAPED
 
@@ -36,6 +36,7 @@ EXAMPLES = {
     "VM_TYPE": "g2-standard-4",
     "VM_DISK": "100",
     "VM_SPOT": "1",
+    "VM_USER": "$USER",
     "VM_IMAGE": "projects/my-project-id/global/images/my-image",
     "VAST_API_KEY": "my-key",
 }
@@ -94,17 +95,18 @@ def together(checks: dict[str, Check], seconds: float = SECONDS) -> Iterator[Fin
 
 def _started(name: str, check: Check) -> tuple[threading.Thread, list[Finding]]:
     found: list[Finding] = []
-
-    def work() -> None:
-        try:
-            for finding in check():
-                found.append(finding)
-        except Exception as error:
-            found.append(Finding(name, UNKNOWN, str(error) or repr(error), getattr(error, "mend", "")))
-
-    thread = threading.Thread(target=work, daemon=True)  # it may hang for longer than anybody waits
+    # A daemon: it may hang for longer than anybody waits.
+    thread = threading.Thread(target=_work, args=(name, check, found), daemon=True)
     thread.start()
     return thread, found
+
+
+def _work(name: str, check: Check, found: list[Finding]) -> None:
+    try:
+        for finding in check():
+            found.append(finding)
+    except Exception as error:
+        found.append(Finding(name, UNKNOWN, str(error) or repr(error), getattr(error, "mend", "")))
 
 
 def allowed(asked: list[str], held: list[str], where: str, mend: str) -> Iterator[Finding]:
@@ -126,7 +128,7 @@ def settings(environ: Mapping[str, str], flag: str | None) -> Iterator[Finding]:
     if backend == "gcp":
         from cloudrun.backends.gcp import wanted
 
-        problems += _problems(wanted, {key: environ[key] for key in environ if key.startswith("VM_")})
+        problems += _problems(wanted, of_a_vm(environ))
     if backend == "vast":
         problems.append("the vast backend is not part of this version: CLOUDRUN_BACKEND may be gcp or local")
     for problem in problems:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from cloudrun import account
 from cloudrun.backends.gcp import Wanted, wanted
 from cloudrun.backends.gcp_api import ENDPOINT
-from cloudrun.config import VM
+from cloudrun.config import of_a_vm
 from cloudrun.errors import CloudrunError, UsageError
 
 TIMEOUT = (4.0, 8.0)  # seconds to connect, and for an answer
@@ -41,11 +41,12 @@ class Google:
     """What is asked of which services, for whom; without credentials nothing can be."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self.environ, self.vm = environ, {name: environ[name] for name in VM if environ.get(name)}
+        self.environ, self.vm = environ, of_a_vm(environ)
         self.project = environ.get("GCLOUD_PROJECT", "")
         _, scheme, path = environ.get("GCS_DIR", "").rpartition("gs://")
         self.bucket, _, self.directory = path.strip("/").partition("/") if scheme else ("", "", "")
-        self.email, self.session = "", None
+        self.email = ""
+        self.session: Any = None
         self.wanted: Wanted | None = None
         with suppress(UsageError):  # the settings' own lines say what is wrong
             self.wanted = wanted(self.vm)

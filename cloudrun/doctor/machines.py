@@ -34,7 +34,8 @@ def _there(google: Google, check: str, path: str, mend: str) -> Finding:
 def network(google: Google) -> Iterator[Finding]:
     project = f"--project={google.project}"
     if subnet := google.vm.get("VM_SUBNET"):
-        mend = f"gcloud compute networks subnets list {project}\nexport VM_SUBNET=regions/REGION/subnetworks/NAME"
+        mend = f"gcloud compute networks subnets list {project}"
+        mend += "\nexport VM_SUBNET=regions/REGION/subnetworks/NAME"
         yield _there(google, "subnet", subnet, mend)
         return
     named = google.vm.get("VM_NETWORK", "")

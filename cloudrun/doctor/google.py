@@ -83,17 +83,20 @@ class Google:
 
     def login(self, service: str = "compute") -> None:
         """Raises what google.auth raises."""
-        from google.auth.transport.requests import AuthorizedSession
+        from google.auth.exceptions import RefreshError
+        from google.auth.transport.requests import AuthorizedSession, Request
 
-        endpoint = self.environ.get(SERVICES[service][0], "")
-        found = account.acting(self.environ, endpoint)
-        if not account.anonymous(found):
+        found = account.acting(self.environ, self.environ.get(SERVICES[service][0], ""))
+        self.session = AuthorizedSession(found)
+        if account.anonymous(found):
+            return
+        try:
             self.email = account.whose(found, self.environ)
             if not found.valid:  # who says its name unasked has yet to show that it is still let in
-                from google.auth.transport.requests import Request
-
                 found.refresh(Request())
-        self.session = AuthorizedSession(found)
+        except RefreshError:
+            self.session = None
+            raise
 
     def ask(self, service: str, path: str, body: Any = None, *, verb: str = "", **query: Any) -> Any:
         """The answer's JSON. Raises Refused."""

@@ -122,7 +122,7 @@ def time_of_day(google: Google) -> Iterator[Finding]:
     """Any answer has a date, a refusal too."""
     import requests
 
-    url = google.endpoint("storage")
+    url = f"{google.endpoint('storage')}storage/v1/b/{google.bucket or 'none'}"
     try:
         date = requests.get(url, timeout=5).headers.get("Date", "")
         skew = parsedate_to_datetime(date).timestamp() - time.time()

@@ -13,6 +13,8 @@ import click
 import pytest
 
 from cloudrun import config, errors
+from cloudrun.backends.gcp import DISK_GB
+from cloudrun.backends.gcp_prices import disk_per_month
 from cloudrun.cli import cli
 from cloudrun.limits import DEFAULTS
 
@@ -77,6 +79,14 @@ def test_the_seconds_in_the_text_are_those_of_the_limits() -> None:
     assert f"after {DEFAULTS['grace_terminate']} more SIGKILL" in text
     grace, save = DEFAULTS["reserve_grace"], DEFAULTS["reserve_save"]
     assert f"{grace} s, and {save} s or twice the longest save" in text
+
+
+def test_what_a_parked_machine_costs_is_what_the_prices_say() -> None:
+    section = README.split("## Google Cloud", 1)[1].split("\n## ", 1)[0]
+    price = disk_per_month("pd-balanced", DISK_GB)
+    assert f"{DISK_GB} GB are about {price:.0f} USD a month" in section
+    for name in ("GCP_ACCOUNT", "GCLOUD_PROJECT", "GCS_DIR", "VM_INSTANCE", "VM_USER"):
+        assert f"export {name}=" in section
 
 
 @pytest.fixture

@@ -349,6 +349,14 @@ def test_what_may_not_be_seen_is_unknown_and_nothing_is_wrong(clinic: Clinic) ->
     assert unknown == {"bucket": "", "external address": "", "machine's account": grant}
 
 
+def test_an_editor_of_the_project_may_write_to_its_buckets(clinic: Clinic) -> None:
+    clinic.cloud.iam.bindings = [{"role": "roles/editor", "members": [f"serviceAccount:{MACHINE}"]}]
+    roles = ("roles/storage.legacyBucketOwner", "roles/storage.legacyObjectOwner")
+    editors = ["projectEditor:test-project"]
+    clinic.storage.policies["b"] = [{"role": role, "members": editors} for role in roles]
+    assert states(clinic.findings())["machine's account"] == "ok"
+
+
 def test_the_policies_apis_are_not_needed_by_a_run(clinic: Clinic) -> None:
     clinic.cloud.faults.disabled |= {iam.RESOURCES, iam.IAM}
     found = {each["check"]: each["mend"] for each in clinic.findings() if each["state"] == "unknown"}

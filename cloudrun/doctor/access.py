@@ -22,7 +22,9 @@ NEEDED = [
         "compute.regions.get",
     ),
 ]
-WRITERS = {f"roles/storage.{name}" for name in ("admin", "objectAdmin", "objectUser", "legacyBucketOwner")}
+WRITERS = {f"roles/storage.{name}" for name in ("admin", "objectAdmin", "objectUser")}
+# What a new bucket gives the owners and editors of its project.
+LEGACY = {"roles/storage.legacyBucketOwner", "roles/storage.legacyObjectOwner"}
 
 
 def credentials(google: Google, service: str = "compute") -> Iterator[Finding]:
@@ -76,8 +78,7 @@ def _enabled(google: Google, check: str, ask: Any) -> Finding:
 
 def permissions(google: Google) -> Iterator[Finding]:
     asked = NEEDED + ["compute.subnetworks.useExternalIp"] * google.external
-    path = f"v1/projects/{google.project}:testIamPermissions"
-    held = google.ask("cloudresourcemanager", path, {"permissions": asked}).get("permissions", [])
+    held = google.resources("testIamPermissions", {"permissions": asked}).get("permissions", [])
     mend = (
         f"gcloud projects add-iam-policy-binding {google.project} --member={google.member} "
         "--role=roles/compute.instanceAdmin.v1"
@@ -111,8 +112,7 @@ def machine(google: Google) -> Iterator[Finding]:
     ours, unseen = {member}, ""
     bindings: list[dict[str, Any]] = []
     try:
-        path = f"v1/projects/{google.project}:getIamPolicy"
-        bindings += google.ask("cloudresourcemanager", path, {}).get("bindings", [])
+        bindings += google.resources("getIamPolicy", {}).get("bindings", [])
         basic = {
             each["role"].removeprefix("roles/") for each in bindings if member in each.get("members", ())
         }
@@ -124,8 +124,8 @@ def machine(google: Google) -> Iterator[Finding]:
     except Refused as error:
         unseen = f"the bucket's policy: {error}"
     roles = {each["role"] for each in bindings if ours & set(each.get("members", ()))}
-    if roles & WRITERS:
-        yield Finding(check, OK, f"{email} has {min(roles & WRITERS)} for gs://{google.bucket}")
+    if roles & WRITERS or roles >= LEGACY:
+        yield Finding(check, OK, f"{email} may read and write gs://{google.bucket}")
     elif unseen:
         yield Finding(
             check, UNKNOWN, f"whether {email} may write to the bucket: not to be seen, {unseen}", mend

@@ -135,6 +135,12 @@ class Google:
         whole = path if path.startswith("projects/") else f"projects/{self.project}/{path}"
         return self.ask("compute", whole.rstrip("/"))
 
+    def resources(self, method: str, body: Any) -> Any:
+        """A method of Resource Manager on the project."""
+        if not self.project:
+            raise Refused("GCLOUD_PROJECT is not set")
+        return self.ask("cloudresourcemanager", f"v1/projects/{self.project}:{method}", body)
+
     def storage(self, path: str = "", **query: Any) -> Any:
         if not self.bucket:
             raise Refused("GCS_DIR names no bucket")

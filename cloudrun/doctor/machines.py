@@ -50,8 +50,7 @@ def address(google: Google) -> Iterator[Finding]:
     if not google.external:
         yield Finding(check, NONE, "VM_EXTERNAL_IP is off")
         return
-    path = f"v1/projects/{google.project}:getEffectiveOrgPolicy"
-    policy = google.ask("cloudresourcemanager", path, {"constraint": ADDRESSES}).get("listPolicy", {})
+    policy = google.resources("getEffectiveOrgPolicy", {"constraint": ADDRESSES}).get("listPolicy", {})
     if policy.get("allValues") == "ALLOW" or not policy:
         yield Finding(check, OK, "allowed for every machine")
     elif policy.get("allValues") == "DENY":

@@ -49,23 +49,24 @@ def see_ended(backend: Backend, name: str, patience: Patience, *, layer: str) ->
 
     Raises StillRunning, with what to do by hand, if that cannot be seen in time.
     """
-    began, last, errors, stopped = time.monotonic(), None, [], False
+    began, last, errors, stopped, certain = time.monotonic(), None, [], False, not patience.doubtful
     appears = began + (backend.appears_within if patience.doubtful else 0.0)
     while True:
         try:
             instance = backend.find(name)
             last = instance or last
+            certain = certain or (instance is not None and instance.ended is None)
             gone = instance is None or (instance.ended is not None and not instance.leftover)
             if gone or stopped or time.monotonic() > began + patience.grace or not last or not last.alive:
                 stopped = stopped or (instance is not None and instance.ended is None)
                 backend.stop(name)  # also of what is gone: this frees what it left behind
-            if gone and (last or time.monotonic() >= appears):
+            if gone and ((last and certain) or time.monotonic() >= appears):
                 return _seen_ended(
                     backend, name, last, layer if stopped or not last else _itself(last, patience)
                 )
         except Exception as error:  # whatever it is, it must not keep us from trying again
             errors.append(str(error))
-        if time.monotonic() > max(began + patience.grace, appears) + patience.limit:
+        if time.monotonic() > max(began + patience.grace, appears) + patience.limit * backend.slowness:
             raise StillRunning(
                 f"{name} may still be running: {errors[-1] if errors else 'it was still there'}\n"
                 f"end it by hand: {backend.by_hand(name)}"

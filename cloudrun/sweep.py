@@ -10,7 +10,7 @@ from cloudrun.backends import Backend, Instance
 from cloudrun.bill import Ended, Patience, close, ends_of, forget, see_ended
 from cloudrun.errors import BucketError, CloudrunError, Corrupt, StillRunning
 from cloudrun.follow import Seen, conclude
-from cloudrun.formats import seconds_of
+from cloudrun.formats import parse, seconds_of
 from cloudrun.limits import DEFAULTS
 from cloudrun.order import Order, run_prefix
 from cloudrun.receipt import Outcome, read_receipt
@@ -18,6 +18,7 @@ from cloudrun.report import Report
 from cloudrun.runs import attempt_object, last_attempt, load, open_runs, read_bill
 from cloudrun.storage import Bucket
 
+STRANGE_SECONDS = 3600.0  # past its deadline: a machine of which only this computer's clock says so
 QUIET_SECONDS = 600.0  # a run without a machine may belong to a client that is just sending or creating
 
 
@@ -41,7 +42,7 @@ def sweep(backend: Backend, bucket: Bucket, report: Report) -> None:
             _Visit(backend, bucket, report, run).pay(runs.get(run), machines.get(run, []))
         except StillRunning as error:
             still.append(str(error))
-        except (CloudrunError, OSError, ValueError) as error:
+        except Exception as error:  # an order of another version, say: it must not hide the next machine
             report.warn(f"{run}: {error}")
     bucket.tidy()
     if still:
@@ -76,10 +77,10 @@ class _Visit:
         with suppress(BucketError):  # whatever the bucket says, a machine may have to be ended
             order = load(self.bucket, project, self.run) if project else None
             receipt = read_receipt(self.bucket, prefix) if order else None
-        limits = order.limits if order else DEFAULTS
+        limits = {**DEFAULTS, **order.limits} if order else {**DEFAULTS, "provider": STRANGE_SECONDS}
         for instance in machines:
             (how, why), name = overdue(instance, limits, receipt), instance.name
-            if how:
+            if how and not self._is_by_hand(instance):
                 self.how = how
                 with suppress(CloudrunError):
                     self.console = self.backend.console(name)
@@ -92,6 +93,16 @@ class _Visit:
                 forget(self.bucket, prefix, self.run)
         elif order.backend == self.backend.name and order.place in ("", self.backend.place):
             self._close(order, receipt)
+
+    def _is_by_hand(self, instance: Instance) -> bool:
+        """Whether a person started a machine that is kept, for something else than its last run."""
+        if not instance.kept:
+            return False
+        bill = run_prefix(self.run.rsplit("-", 3)[0], self.run) + "/bill.json"
+        with suppress(BucketError):
+            ended = parse(self.bucket.get(bill)[0], bill, ended=str)["ended"]
+            return instance.started > seconds_of(ended)
+        return instance.started > seconds_of(instance.deadline)
 
     def _close(self, order: Order, receipt: dict[str, Any] | None) -> None:
         """The bill of a run without a machine, unless there may still be a client."""

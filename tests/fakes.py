@@ -28,6 +28,7 @@ class FakeBackend:
     place = ""
     pace = 0.002
     appears_within = least_billed = 0.0
+    slowness = 1.0
 
     def __init__(self) -> None:
         self.machines: dict[str, Instance] = {}

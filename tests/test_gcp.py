@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cloud import errors as cloud_errors
 from cloud.compute import Cloud
-from cloud.faults import Answer, LostReply, LostRequest
+from cloud.faults import Answer, LostReply, LostRequest, Slow
 from cloud.project import Timing
 from contracts.backend import RUNS, BackendContract, Rig
 from gce import need_client
@@ -243,6 +243,65 @@ def test_of_two_who_take_it_at_once_one_has_it(cloud: Cloud, kept: GcpRig) -> No
     other.stop(f"{RUNS[1]}-1")
     assert cloud.meter.running() == ["my-vm"]
     ended(kept, name)
+
+
+def test_who_has_taken_it_and_not_started_it_yet_has_it(cloud: Cloud, kept: GcpRig) -> None:
+    """Between the labels and the start it is still parked."""
+    other, boot = kept.client(), kept.boot(RUNS[1], 1, 60.0)
+    seen: list[BaseException] = []
+
+    class TakenMeanwhile:
+        def around(self, faults: Any, request: Any, perform: Callable[[], Any]) -> Any:
+            try:
+                other._take(*other._kept(), boot)  # type: ignore[misc]
+            except CloudrunError as error:
+                seen.append(error)
+            return perform()
+
+    cloud.faults.on("instances.setMetadata", TakenMeanwhile())
+    name = kept.create(attempt=2)
+    assert isinstance(seen[0], Held) and "being started" in str(seen[0])
+    assert kept.backend.find(name) and cloud.meter.running() == ["my-vm"]
+    ended(kept, name)
+
+
+def test_a_start_whose_reply_is_lost_is_not_taken_for_an_end(cloud: Cloud, kept: GcpRig) -> None:
+    """The parked machine is seen, and starts a moment later."""
+    cloud.faults.on("instances.start", Slow(0.4, late=True), nth=1)
+    starting = threading.Thread(target=lambda: kept.client().create(f"{RUNS[0]}-2", *start), daemon=True)
+    start = (kept.backend.offers()[0], kept.boot(RUNS[0], 2, 60.0))
+    starting.start()
+    until(lambda: any(each.method == "instances.start" for each in cloud.requests))
+    end = ended(kept, f"{RUNS[0]}-2")
+    starting.join()
+    assert cloud.status("my-vm") == "TERMINATED" and cloud.meter.running() == [] and end.layer == "lease"
+
+
+def test_labels_of_somebody_else_authorise_nothing(cloud: Cloud) -> None:
+    rig = GcpRig(cloud)
+    name = rig.create()
+    with cloud.clock.changed:
+        cloud.instance(gce_name(name)).body["labels"].pop("cloudrun-ends")
+    assert rig.client().all() == []
+    ended(rig, name)
+
+
+def test_the_machine_of_a_colleague_is_named_as_what_it_is(cloud: Cloud) -> None:
+    theirs = GcpRig(cloud, VM_ZONE="us-central1-b")
+    name = theirs.create()
+    ours = GcpRig(cloud, VM_INSTANCE="my-vm")
+    assert [found.name for found in ours.backend.all()] == [name]
+    assert f"instances delete {gce_name(name)} --zone=us-central1-b" in ours.backend.by_hand(name)
+    ended(theirs, name)
+
+
+def test_a_kept_machine_has_the_gpus_that_it_has(cloud: Cloud, kept: GcpRig) -> None:
+    """Settings that name none mean one L4, and this machine has none."""
+    other = kept.client(VM_GPU="")
+    other.create(f"{RUNS[0]}-2", other.offers()[0], kept.boot(RUNS[0], 2, 60.0))
+    script = cloud.instance("my-vm").metadata["startup-script"]
+    assert '"gpus": 0' in script
+    ended(kept, f"{RUNS[0]}-2")
 
 
 def test_what_cloudrun_did_not_make_is_never_touched(cloud: Cloud, kept: GcpRig) -> None:

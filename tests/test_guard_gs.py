@@ -25,7 +25,7 @@ def boot(storage, folder, python=sys.executable, agent=AGENT, stored=AGENT, **en
     """What a guard says that boots with this agent in the bucket."""
     if stored:
         storage.store.put("b", f"some/prefix/{NAME}", stored, {}, {})
-    order = {"backend": "local", "bucket": "gs://b/some/prefix", "left": 30.0}
+    order = {"backend": "local", "bucket": "gs://b/some/prefix", "instance": "i", "left": 30.0}
     order.update({"agent": [NAME, hashlib.sha256(agent).hexdigest()], "agent_gone": 5, "agent_silence": 30})
     done = subprocess.run(
         [python, "-I", "-S", str(GUARD)],
@@ -61,13 +61,13 @@ def test_a_network_that_is_not_there_yet(storage, tmp_path):
 
 
 def test_what_will_not_get_better_ends_the_machine_at_once(storage, tmp_path):
-    assert "CLOUDRUN-FATAL HTTP Error 404" in boot(storage, tmp_path, stored=None)
+    assert "CLOUDRUN-FATAL i HTTP Error 404" in boot(storage, tmp_path, stored=None)
     storage.tokens = {}
-    assert "CLOUDRUN-FATAL HTTP Error 401" in boot(storage, tmp_path)
+    assert "CLOUDRUN-FATAL i HTTP Error 401" in boot(storage, tmp_path)
     assert len(storage.requests) == 2
 
 
 def test_an_agent_that_is_another_one_is_not_run(storage, tmp_path):
     said = boot(storage, tmp_path, stored=AGENT + b" ")
-    assert "CLOUDRUN-FATAL the agent in the bucket" in said and "is damaged" in said
+    assert "CLOUDRUN-FATAL i the agent in the bucket" in said and "is damaged" in said
     assert "the agent ran" not in said

@@ -43,7 +43,8 @@ def main() -> None:
         if hashlib.sha256(order).hexdigest() != sha256:
             raise Corrupt(f"{name} is damaged: its sha256 is not the one that this machine was given")
         watch = Watch(boot, parse(order, name, limits=dict, manifest=dict, argv=list, outputs=list), bucket)
-        if bucket.size(watch.prefix + "/receipt.json") is None:
+        over = (watch.prefix + "/receipt.json", f"{watch.prefix}/attempts/{watch.number + 1}/claim.json")
+        if all(bucket.size(name) is None for name in over):
             if claim(watch):
                 Attempt(watch).work()
         elif boot.get("kept"):
@@ -59,15 +60,14 @@ def main() -> None:
 
 
 def claim(watch: Watch) -> bool:
-    """Become the one machine that works on this attempt; False if another one has it, or the next one."""
+    """Become the one machine that works on this attempt; False if another one is."""
     ours = identity(watch.boot)
     content = {"machine": ours, "python": sys.version.split()[0], "time": stamp()}
     try:
         watch.bucket.create(watch.attempt + "/agent.json", canonical(content))
     except Conflict:  # after a reboot it may be we who have it
         found = parse(watch.bucket.get(watch.attempt + "/agent.json")[0], "agent.json")
-        following = f"{watch.prefix}/attempts/{watch.number + 1}/claim.json"
-        return found.get("machine") == ours and watch.bucket.size(following) is None
+        return bool(found.get("machine") == ours)
     return True
 
 

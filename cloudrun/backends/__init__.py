@@ -39,7 +39,7 @@ class Instance(NamedTuple):
     `alive`: a guard or an agent can still end it. `ended`: since when the provider does not bill it
     any more; then `why` is the machine's own last word, if it had one, and `leftover` says that
     something of it is billed still that nobody keeps, a disk. `price`: US dollars per hour, if it says so.
-    `parked`: what is kept of it, and what that costs.
+    `kept`: it outlives its runs; `parked`: then what that costs while it is stopped.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Instance(NamedTuple):
     leftover: bool = False
     price: float | None = None
     parked: str = ""
+    kept: bool = False
 
 
 class Backend(Protocol):
@@ -61,6 +62,7 @@ class Backend(Protocol):
     name: str
     place: str  # see cloudrun.config.place
     pace: float  # seconds between two looks at a machine
+    slowness: float  # how much longer than a process of this computer a machine may take to end
     least_billed: float  # seconds that each start of a machine costs at least
     appears_within: float  # seconds from a create call to the moment when its machine can be found
 

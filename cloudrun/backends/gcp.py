@@ -22,8 +22,11 @@ from cloudrun.backends.gcp_vm import (
     BEFORE,
     KEPT,
     RUN,
+    TAKEN,
     described,
     gce_name,
+    is_being_taken,
+    is_ours,
     labels_of,
     metadata_of,
     seconds_of_google,
@@ -86,6 +89,7 @@ class GcpBackend:
 
     name = "gcp"
     least_billed = 60.0  # D:vm-instance-pricing
+    slowness = 8.0  # a stop takes 90 s, and is not stuck before 8 minutes have passed
 
     def __init__(self, settings: Settings) -> None:
         self._vm, self._price = settings.vm, settings.price
@@ -95,7 +99,8 @@ class GcpBackend:
         self._compute = Compute(settings.vm["GCLOUD_PROJECT"], os.environ)
         self._boot_seconds = settings.limits["boot_least"]
         self._full: set[str] = set()  # regions without quota
-        self._zones: dict[str, str] = {}  # of the machines that were made here
+        self._zones: dict[str, str] = {}  # of the machines that were made or started here
+        self._seen: dict[str, tuple[str, str, bool]] = {}  # zone, name and whether it is kept
         self._asked: dict[str, float] = {}
 
     # --- what could be had
@@ -162,6 +167,7 @@ class GcpBackend:
         found = self._kept()
         try:
             if found:
+                self._zones[name] = found[0]
                 self._take(*found, boot)
             else:
                 self._insert(name, offer.where, boot)
@@ -195,24 +201,34 @@ class GcpBackend:
             ],
             scheduling=self._scheduling(boot, wanted.shape, wanted.spot, kept=kept),
             labels=labels_of(boot, kept=kept),
-            metadata=sdk.Metadata(items=self._items(boot, kept=kept)),
+            metadata=sdk.Metadata(items=self._items(boot, wanted.shape, kept=kept)),
         )
         if wanted.shape.accelerator:
             kind = f"zones/{zone}/acceleratorTypes/{wanted.shape.accelerator}"
             gpus = sdk.AcceleratorConfig(accelerator_type=kind, accelerator_count=wanted.shape.gpus)
             instance.guest_accelerators = [gpus]
         self._zones[name] = zone
-        self._compute.change("insert_unary", zone, instance_resource=instance)
+        try:
+            self._compute.change("insert_unary", zone, instance_resource=instance)
+        except NoCapacity:
+            if self._found(name):  # what failed has made a machine all the same: our caller ends it
+                raise ApiError(f"{zone} said that it has no such machine, and made one") from None
+            raise
         self._check_limit(instance.name, zone)
 
     def _take(self, zone: str, vm: Any, boot: Boot) -> None:
         """Start the machine that is kept. Who changes its labels first, while it is parked, has it."""
         sdk, where = self._compute, {"instance": vm.name}
-        self._check_free(vm)
+        self._check_kept(zone, vm)
         stopped = seconds_of_google(vm.last_stop_timestamp)
         labels = sdk.InstancesSetLabelsRequest(
             label_fingerprint=vm.label_fingerprint,
-            labels={**vm.labels, **labels_of(boot, kept=True), BEFORE: str(int(stopped or 0))},
+            labels={
+                **vm.labels,
+                **labels_of(boot, kept=True),
+                BEFORE: str(int(stopped or 0)),
+                TAKEN: str(int(time.time())),
+            },
         )
         try:
             sdk.change("set_labels_unary", zone, instances_set_labels_request_resource=labels, **where)
@@ -224,13 +240,16 @@ class GcpBackend:
             raise Held(f"{vm.name} was changed by somebody else a moment ago; run again") from None
         others = {key: value for key, value in metadata_of(vm).items() if key not in ("startup-script",)}
         items = [sdk.Items(key=key, value=value) for key, value in others.items()]
-        metadata = sdk.Metadata(
-            fingerprint=vm.metadata.fingerprint, items=items + self._items(boot, kept=True)[:1]
-        )
+        shape = shape_of(vm)
+        items += self._items(boot, shape, kept=True)[:1]
+        metadata = sdk.Metadata(fingerprint=vm.metadata.fingerprint, items=items)
         sdk.change("set_metadata_unary", zone, metadata_resource=metadata, **where)
         spot = vm.scheduling.provisioning_model == "SPOT"
-        scheduling = self._scheduling(boot, shape_of(vm), spot, kept=True)
+        scheduling = self._scheduling(boot, shape, spot, kept=True)
         sdk.change("set_scheduling_unary", zone, scheduling_resource=scheduling, **where)
+        now = sdk.call("Instances", "get", zone=zone, **where)
+        if (now.labels.get(RUN), now.labels.get(ATTEMPT)) != (boot.run, str(boot.attempt)):
+            raise Held(f"{vm.name} was taken by the run {now.labels.get(RUN)} a moment ago")
         try:
             sdk.change("start_unary", zone, **where)
         except NoCapacity:
@@ -243,9 +262,10 @@ class GcpBackend:
     def _check_free(self, vm: Any) -> None:
         """Raises Held for a machine that is not parked."""
         run = vm.labels.get(RUN)
-        if vm.status != "TERMINATED":
+        if vm.status != "TERMINATED" or is_being_taken(vm):
+            status = "being started" if vm.status == "TERMINATED" else vm.status.lower()
             raise Held(
-                f"{vm.name} is {vm.status.lower()}, and was last used by the run {run}: --wait queues, "
+                f"{vm.name} is {status}, and was last used by the run {run}: --wait queues, "
                 f"`cloudrun stop {run}` ends that run; if a person started it, stop it in the console"
             )
 
@@ -262,11 +282,11 @@ class GcpBackend:
             scheduling.on_instance_stop_action = sdk.SchedulingOnInstanceStopAction(discard_local_ssd=True)
         return scheduling
 
-    def _items(self, boot: Boot, *, kept: bool) -> list[Any]:
+    def _items(self, boot: Boot, shape: Shape, *, kept: bool) -> list[Any]:
         payload = {
             **boot.payload,
             "kept": kept,
-            "gpus": self._wanted.shape.gpus,
+            "gpus": shape.gpus,
             "user": self._vm.get("VM_USER", ""),
         }
         script = startup_script(payload, os.environ)
@@ -286,7 +306,10 @@ class GcpBackend:
         return described(*found, self._price) if found else None
 
     def all(self) -> list[Instance]:
-        found = [described(*each, self._price) for each in self._compute.listed(f"labels.{RUN}:*")]
+        listed = [each for each in self._compute.listed(f"labels.{RUN}:*") if is_ours(each[1])]
+        found = [described(*each, self._price) for each in listed]
+        for instance, (zone, vm) in zip(found, listed, strict=True):
+            self._seen[instance.name] = zone, vm.name, instance.kept
         return [instance for instance in found if instance.ended is None or instance.leftover]
 
     def stop(self, name: str) -> None:
@@ -294,7 +317,8 @@ class GcpBackend:
         if not found:
             return
         zone, vm = found
-        kept, now = vm.labels.get(KEPT) == "yes", time.monotonic()
+        # What has another name than we would give it was made by somebody else, whatever its labels say.
+        kept, now = vm.labels.get(KEPT) == "yes" or vm.name != gce_name(name), time.monotonic()
         nothing_left = vm.status == "TERMINATED" and kept
         if nothing_left or now - self._asked.get(name, -ASK_AGAIN_SECONDS) < ASK_AGAIN_SECONDS:
             return
@@ -318,9 +342,10 @@ class GcpBackend:
         return str(output.contents).replace("\r\n", "\n")[-4000:]
 
     def by_hand(self, name: str) -> str:
-        project, vm = self._compute.project, self._wanted.vm or gce_name(name)
-        zone = self._zones.get(name, self._wanted.zones[0])
-        verb = "stop" if self._wanted.vm else "delete"
+        kept = bool(self._wanted.vm)
+        made = self._zones.get(name, self._wanted.zones[0]), self._wanted.vm or gce_name(name), kept
+        zone, vm, kept = self._seen.get(name, made)
+        project, verb = self._compute.project, "stop" if kept else "delete"
         page = f"https://console.cloud.google.com/compute/instancesDetail/zones/{zone}/instances/{vm}?project={project}"
         return f"{self._gcloud(verb, vm, zone)}\nor there: {page}"
 
@@ -346,4 +371,6 @@ class GcpBackend:
         mine = [
             (zone, vm) for zone, vm in found if (vm.labels.get(RUN), vm.labels.get(ATTEMPT)) == (run, attempt)
         ]
+        for zone, vm in mine:
+            self._seen[name] = zone, vm.name, vm.labels.get(KEPT) == "yes"
         return mine[0] if mine else None

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -92,11 +93,14 @@ class Compute:
         Raises NoCapacity, QuotaExceeded or ApiError as the operation ended.
         """
         operation = self.begin(method, zone, **request)
-        done, until = self._v1.Operation.Status.DONE, time.monotonic() + OPERATION_SECONDS
+        done, until, pause = self._v1.Operation.Status.DONE, time.monotonic() + OPERATION_SECONDS, 0.05
         while operation.status != done:
             if time.monotonic() > until:
                 raise ApiError(f"{method} has not ended for {OPERATION_SECONDS:.0f} s")
-            operation = self.call("ZoneOperations", "wait", zone=zone, operation=operation.name)
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
+            with suppress(ApiError):  # it goes on, whether we hear of it or not
+                operation = self.call("ZoneOperations", "get", zone=zone, operation=operation.name)
         errors = list(operation.error.errors)
         if errors:
             raise _failed(errors[0].code, errors[0].message, zone, operation.http_error_status_code)
@@ -105,9 +109,11 @@ class Compute:
         """(zone, instance) of all instances that this filter lets through."""
         pages = self.call("Instances", "aggregated_list", filter=text)
         try:
-            return [
-                (place.rpartition("/")[2], instance) for place, found in pages for instance in found.instances
-            ]
+            zones = list(pages)
+            for place, found in zones:
+                if found.warning.code not in ("", "NO_RESULTS_ON_PAGE"):
+                    raise ApiError(f"{place} cannot be listed now: {found.warning.message}")
+            return [(place.rpartition("/")[2], vm) for place, found in zones for vm in found.instances]
         except Exception as error:  # the second page is fetched here
             raise _translated(error, self.project) from None
 

@@ -18,6 +18,7 @@ SCRIPT = """#!/bin/sh
 # cloudrun: runs the guard of {instance}, which ends this machine.
 export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 end() {{ echo "CLOUDRUN-FATAL {instance} $1"; poweroff; sleep 60; exit 1; }}
+systemctl is-active --quiet cloudrun-guard 2>/dev/null && exit 0
 command -v python3 >/dev/null || end "this image has no python3"
 rm -rf /var/lib/cloudrun && mkdir -p -m 700 {folder} && cd {folder} || end "the disk cannot be written"
 cat >guard.py <<'END-OF-GUARD' || end "the disk cannot be written"
@@ -25,9 +26,9 @@ cat >guard.py <<'END-OF-GUARD' || end "the disk cannot be written"
 END-OF-GUARD
 export CLOUDRUN_BOOT={boot} CLOUDRUN_ROLE=guard {environ}
 if [ -d /run/systemd/system ]; then
-    exec systemd-run --quiet --unit=cloudrun-guard --collect --working-directory={folder} \\
+    systemd-run --quiet --unit=cloudrun-guard --collect --working-directory={folder} \\
         -p KillMode=mixed -p TimeoutStopSec=25 -p OOMScoreAdjust=-1000 -p StandardOutput=journal+console \\
-        {setenv} python3 -I -S guard.py
+        {setenv} python3 -I -S guard.py && exit 0
 fi
 exec python3 -I -S guard.py
 """
@@ -44,5 +45,7 @@ def startup_script(payload: Mapping[str, Any], environ: Mapping[str, str]) -> st
         guard=guard.rstrip(),
         boot=shlex.quote(json.dumps(payload)),
         environ=" ".join(f"{name}={shlex.quote(value)}" for name, value in passed.items()),
-        setenv=" ".join(f"--setenv={name}" for name in ("CLOUDRUN_BOOT", "CLOUDRUN_ROLE", "PATH", *passed)),
+        setenv=" ".join(
+            f'--setenv={name}="${name}"' for name in ("CLOUDRUN_BOOT", "CLOUDRUN_ROLE", "PATH", *passed)
+        ),
     )

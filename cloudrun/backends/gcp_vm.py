@@ -19,6 +19,21 @@ RUN, ATTEMPT, ENDS, KEPT, BEFORE = (
     f"cloudrun-{word}" for word in ("run", "attempt", "ends", "kept", "before")
 )
 
+TAKEN = "cloudrun-taken"
+TAKE_SECONDS = 300.0  # in which who has taken a machine has started it
+
+
+def is_ours(vm: Any) -> bool:
+    """Whether all that we would have to know of it stands in its labels; anybody may set some of them."""
+    return RUN in vm.labels and all(_number(vm.labels.get(label, "")) for label in (ATTEMPT, ENDS))
+
+
+def is_being_taken(vm: Any) -> bool:
+    """By another run: its labels are set, and it was not started since."""
+    stopped = str(int(seconds_of_google(vm.last_stop_timestamp) or 0))
+    age = time.time() - _number(vm.labels.get(TAKEN, ""))
+    return vm.labels.get(BEFORE) == stopped and -TAKE_SECONDS < age < TAKE_SECONDS
+
 
 def described(zone: str, vm: Any, price: float | None) -> Instance:
     """`price`: what the user says; None: what is known."""
@@ -41,6 +56,7 @@ def described(zone: str, vm: Any, price: float | None) -> Instance:
         ended=ended,
         leftover=ended is not None and vm.labels.get(KEPT) != "yes",
         price=known_price(shape_of(vm), zone, spot) if price is None else price,
+        kept=vm.labels.get(KEPT) == "yes",
         parked=parked_words(vm) if ended is not None and vm.labels.get(KEPT) == "yes" else "",
     )
 

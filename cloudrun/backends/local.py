@@ -38,7 +38,7 @@ class LocalBackend:
 
     name = "local"
     pace = 0.02
-    least_billed = 0.0
+    least_billed, slowness = 0.0, 1.0
     appears_within = 0.2
 
     def __init__(self, price: float = 0.0) -> None:

@@ -35,28 +35,26 @@ def given_hashes(header: str) -> dict[str, str]:
     return {keys[name]: value for name, _, value in pairs if name in keys}
 
 
+BLANK = re.compile(rb"\n\n|\r\n\r\n")
+
+
 def multipart(data: bytes, content_type: str) -> tuple[dict[str, Any], bytes]:
-    """(object resource, content) of a multipart/related body."""
-    found = re.search(r'boundary="?([^";]+)"?', content_type)
+    """(object resource, content) of a multipart/related body; gsutil ends its lines with a newline alone."""
+    found = re.search(r"""boundary=["']?([^;"']+)""", content_type)
     if not found:
         raise invalid("Multipart must have a boundary")
     boundary = b"--" + found[1].encode()
-    first = data.index(b"\r\n", data.index(boundary)) + 2
-    second = data.index(b"\r\n" + boundary, first)
-    start = data.index(b"\r\n", second + 2) + 2
-    end = data.rindex(b"\r\n" + boundary + b"--")
-    if end < start:
+    first = data.index(boundary) + len(boundary)
+    second = data.index(boundary, first)
+    end = data.rindex(boundary + b"--")
+    above, blank = BLANK.search(data, first, second), BLANK.search(data, second, end)
+    if above is None or blank is None:
         raise invalid("Missing end boundary in multipart body.")
-    described = from_json(_content(data, first, second))
-    body_start = data.index(b"\r\n\r\n", start - 2) + 4
-    kind = re.search(rb"content-type:\s*([^\r\n]+)", data[start:body_start].lower())
+    described = from_json(data[above.end() : second].rstrip())
+    kind = re.search(rb"content-type:\s*([^\r\n]+)", data[second : blank.start() + 1].lower())
     if kind:
         described.setdefault("contentType", kind[1].decode())
-    return described, data[body_start:end]
-
-
-def _content(data: bytes, start: int, end: int) -> bytes:
-    return data[data.index(b"\r\n\r\n", start - 2) + 4 : end]
+    return described, data[blank.end() : end - len(blank[0]) // 2]
 
 
 @dataclass

@@ -318,7 +318,8 @@ class Handler(BaseHTTPRequestHandler):
         self.storage.store.bucket(bucket)
         self.storage.may_write(self.token, bucket, name)
         key = self.storage.sessions.start(bucket, name, self.query, described)
-        place = f"{self.storage.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={key}"
+        host = self.headers.get("Host") or self.storage.url.partition("//")[2]  # as the client knows it
+        place = f"http://{host}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={key}"
         return Answer(200, {"Location": place, "X-GUploader-UploadID": key})
 
     def _do_chunk(self, data: bytes) -> Answer:

@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 
 from cloudrun.errors import BucketError, BucketRefused, Conflict, Corrupt, Missing, UsageError
-from cloudrun.jsonapi import Anew, Beyond, Content, md5_of
+from cloudrun.jsonapi import ONE_REQUEST, Anew, Beyond, Content, md5_of
 from cloudrun.storage import MAX_NAME, MAX_OBJECT, check_name
 
 TYPE_CHECKING = False
@@ -51,7 +51,7 @@ class GsBucket:
     """
 
     pace, slow_pace, write_pace = 0.25, 2.0, 1.5  # 0.02 USD per hour of a chatty program: see bench/
-    part_bytes = 32 << 20
+    part_bytes = ONE_REQUEST  # larger ones are hashed for so long that the line is idle meanwhile
     workers = 8
 
     def __init__(self, url: str, patience: float = PATIENCE) -> None:

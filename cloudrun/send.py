@@ -20,7 +20,7 @@ from cloudrun.project import Found
 from cloudrun.storage import Bucket
 
 SMALL = 4 << 20  # bytes; smaller files share a blob
-PACK = 8 << 20  # bytes in such a blob
+PACK = 8 << 20  # bytes in such a blob at most: Cloud Storage takes so much in one request
 PIECE = 256 << 10  # bytes read at once: more would leave the processor's cache before it is hashed
 DROP_SECONDS = 1.0  # for what is on its way when the user wants the end
 TRIES = 3  # for a file that changes while it is read
@@ -76,7 +76,7 @@ def _lost(blobs: set[str], bucket: Bucket, project: str) -> set[str]:
     def ask(blob: str) -> None:
         sizes[blob] = bucket.size(f"{project}/blobs/{blob}")
 
-    asking = Background(ask, 1, bucket.workers)
+    asking = Background(ask, 1, 2 * bucket.workers)  # a question is mostly waiting
     try:
         for blob in blobs:
             asking.put(blob)
@@ -139,10 +139,10 @@ class _Sender:
         data, status = read_consistently(path)
         sha256 = hashlib.sha256(data).hexdigest()
         entry = Entry(path, status.st_mode & 0o777, len(data), sha256)
+        if self._size + len(data) > PACK:
+            self._hand_over()
         self._members.append((number, entry, stat_key(status), data))
         self._size += len(data)
-        if self._size >= PACK:
-            self._hand_over()
 
     def store(self, number: int, path: str, size: int) -> None:
         """A file for itself: whole beside other files, or its parts beside each other."""

@@ -169,7 +169,11 @@ SILENT = "import time\nprint(f'{time.time():.6f}', flush=True)\ntime.sleep(900)\
 
 
 def log(seconds: float) -> Iterator[Row]:
-    """Through gs://, whose requests cost money: how late a line is, and what an hour of it costs."""
+    """Through gs://, whose requests cost money: how late a line is, and what an hour of it costs.
+
+    The machine is a local one, which the client looks at every 0.5 s: at one of a cloud it looks every 2 s,
+    and asks the bucket for the next claim as often, so that a cloud's run costs somewhat less than this.
+    """
     for kind, program in (("chatty", CHATTY), ("silent", SILENT)):
         with tempfile.TemporaryDirectory() as folder, Storage() as storage:
             storage.create_bucket("b")

@@ -50,7 +50,7 @@ class GsBucket:
     They raise what `problem` makes of an answer, and try again as long as it is worth while.
     """
 
-    pace, slow_pace, write_pace = 0.25, 2.0, 1.5  # 0.02 USD per hour of a chatty program: see bench/
+    pace, slow_pace, write_pace = 0.25, 2.0, 1.6  # 0.02 USD per hour of a chatty program: see bench/
     part_bytes = ONE_REQUEST  # larger ones are hashed for so long that the line is idle meanwhile
     workers = 8
 

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 from cloud import machines
@@ -141,18 +141,31 @@ def here(tmp_path):
     found.close()
 
 
-@pytest.fixture(params=["local", "gcp"])
-def machinery(request, tmp_path):
-    """Machines everywhere: the life of a run is the same."""
-    if request.param == "local":
-        found = Machinery(tmp_path)
-        yield found
-        found.close()
-        return
+@contextmanager
+def on_google_cloud(top):
     need_client()
     if reason := machines.unavailable():
         pytest.skip(reason)
     with tempfile.TemporaryDirectory(dir=machines.disk_root(), ignore_cleanup_errors=True) as disks:
-        found = Machinery(tmp_path, GcpPlace(disks))
+        found = Machinery(top, GcpPlace(disks))
         yield found
         found.close()
+
+
+@pytest.fixture
+def gcp(tmp_path):
+    """Machines of the emulated Google Cloud: for what only they have."""
+    with on_google_cloud(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture(params=["local", "gcp"])
+def machinery(request, tmp_path):
+    """Machines everywhere: the life of a run is the same."""
+    if request.param == "gcp":
+        with on_google_cloud(tmp_path) as found:
+            yield found
+        return
+    found = Machinery(tmp_path)
+    yield found
+    found.close()

@@ -2,29 +2,12 @@
 
 import os
 import signal
-import tempfile
 
-import pytest
-from cloud import machines
 from cloud.errors import bad_request
 from cloud.faults import Answer
-from conftest import Machinery
-from gce import Gce, need_client
+from gce import Gce
 from machine import signal_all, wait_until
-from places import GcpPlace
 from test_ends import POLITE, SLEEP, WORK, hours, lose
-
-
-@pytest.fixture
-def gcp(tmp_path):
-    need_client()
-    if reason := machines.unavailable():
-        pytest.skip(reason)
-    with tempfile.TemporaryDirectory(dir=machines.disk_root(), ignore_cleanup_errors=True) as disks:
-        found = Machinery(tmp_path, GcpPlace(disks))
-        yield found
-        found.close()
-
 
 VM = {"VM_INSTANCE": "my-vm", "VM_SPOT": "0"}
 

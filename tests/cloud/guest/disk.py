@@ -37,7 +37,9 @@ def mount_all(config):
     for name in tops:
         lower = [os.path.join(hardware, name)] if os.path.isdir(os.path.join(hardware, name)) else []
         try:
-            overlay([*lower, f"/{name}"], os.path.join(config["disk"], name), os.path.join(root, name))
+            # What an ordinary user may not read, /root, begins empty on his machines.
+            host = f"/{name}" if os.access(f"/{name}", os.R_OK | os.X_OK) else os.path.join(skeleton, name)
+            overlay([*lower, host], os.path.join(config["disk"], name), os.path.join(root, name))
         except OSError:
             if name in ("usr", "etc", "var"):  # without these nothing runs
                 raise
@@ -68,7 +70,9 @@ def lay_out(skeleton):
 def overlay(lower, folder, target):
     upper, work = os.path.join(folder, "upper"), os.path.join(folder, "work")
     if not os.path.isdir(upper):
-        os.makedirs(upper)
+        # To an ordinary user's namespace the host's root is nobody, in whose directories nobody may write.
+        for inner in ("lib", "cache") if os.path.basename(folder) == "var" else ("",):
+            os.makedirs(os.path.join(upper, inner))
         os.makedirs(work)
         # A merged directory shows the owner and mode of its uppermost part.
         seen = os.stat(lower[-1])

@@ -69,6 +69,11 @@ class Seen:
         return Outcome("lost", UNKNOWN, f"outcome unknown ({why})")
 
 
+def how_of(end: dict[str, Any]) -> str:
+    """Of an end.json: whether the provider took the machine away, or somebody shut it down."""
+    return "shutdown" if end.get("reason") == "shutdown" else "preempted"
+
+
 def fatal_lines(console: str) -> list[str]:
     """`<instance> <words>`: what guard or agent could not work without."""
     lines = (line.partition("CLOUDRUN-FATAL ")[2] for line in console.splitlines())
@@ -261,7 +266,7 @@ class _Follower:
             self._read_state()
             end = attempt_object(self.client.bucket, self.order, self.attempt, "end")
             if end:
-                return self._seen("shutdown" if end.get("reason") == "shutdown" else "preempted")
+                return self._seen(how_of(end))
         return self._seen("gone")
 
 

@@ -119,8 +119,9 @@ def see_through(client: Client, order: Order, *, mine: bool = False) -> Outcome:
         if last_attempt(client.bucket, order) > attempt:
             continue
         outcome = conclude(client.bucket, order, seen)
-        others = other_offers(client, order, since_boot() + order.left())
-        if outcome.reason == "preempted" and others:
+        taken = outcome.reason == "preempted"
+        others = other_offers(client, order, since_boot() + order.left()) if taken else []
+        if others:
             client.signals.rearm()
             continued = execute(client, order, others, attempt + 1, mine=mine)
             assert continued

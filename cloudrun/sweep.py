@@ -9,7 +9,7 @@ from typing import Any
 from cloudrun.backends import Backend, Instance
 from cloudrun.bill import Ended, Patience, close, ends_of, forget, see_ended
 from cloudrun.errors import BucketError, CloudrunError, Corrupt, StillRunning
-from cloudrun.follow import Seen, conclude
+from cloudrun.follow import Seen, conclude, how_of
 from cloudrun.formats import parse, seconds_of
 from cloudrun.limits import DEFAULTS
 from cloudrun.order import Order, run_prefix
@@ -124,8 +124,7 @@ class _Visit:
         end = attempt_object(self.bucket, order, attempt, "end")
         console = self.console or self.backend.console(f"{order.run}-{attempt}")
         began = state.get("phase") in ("run", "save")
-        how = self.how if not end else "shutdown" if end.get("reason") == "shutdown" else "preempted"
-        seen = Seen(how, console=console, began=began)
+        seen = Seen(how_of(end) if end else self.how, console=console, began=began)
         return conclude(self.bucket, order, seen)
 
 

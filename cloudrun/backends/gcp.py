@@ -12,6 +12,7 @@ import re
 import time
 from typing import Any, NamedTuple
 
+from cloudrun.account import SCOPES
 from cloudrun.backends import Boot, Instance, Offer
 from cloudrun.backends.gcp_api import ApiError, Compute, QuotaExceeded
 from cloudrun.backends.gcp_boot import startup_script
@@ -26,7 +27,9 @@ from cloudrun.backends.gcp_vm import (
     described,
     gce_name,
     is_being_taken,
+    is_kept,
     is_ours,
+    is_spot,
     labels_of,
     metadata_of,
     seconds_of_google,
@@ -41,7 +44,6 @@ NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?\Z")
 USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
 LEAST_SECONDS = 30  # of maxRunDuration (D:instances/limit-vm-runtime)
 ASK_AGAIN_SECONDS = 30.0  # when a stop that was accepted has had no effect
-SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 YES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
 
 
@@ -111,8 +113,7 @@ class GcpBackend:
         if found:
             zone, vm = found
             self._check_kept(zone, vm)
-            spot = vm.scheduling.provisioning_model == "SPOT"
-            return [self._offer(shape_of(vm), zone, spot)]
+            return [self._offer(shape_of(vm), zone, is_spot(vm))]
         self._compute.ready()
         if wanted.image.startswith("projects/") and "/family/" in wanted.image:
             self._check_image(wanted.image)
@@ -138,7 +139,7 @@ class GcpBackend:
 
     def _check_kept(self, zone: str, vm: Any) -> None:
         """Raises CloudrunError for a machine that is not ours, is in use, or is not what was asked for."""
-        if vm.labels.get(KEPT) != "yes":
+        if not is_kept(vm):
             raise CloudrunError(
                 f"{vm.name} in {zone} was not made by cloudrun, which will not touch it: "
                 "choose another name with VM_INSTANCE"
@@ -191,17 +192,19 @@ class GcpBackend:
             network = sdk.NetworkInterface(subnetwork=vm["VM_SUBNET"])
         if vm.get("VM_EXTERNAL_IP", "1").lower() not in ("0", "no", "none", "false"):
             network.access_configs = [sdk.AccessConfig(name="External NAT", type_="ONE_TO_ONE_NAT")]
+        script = self._script(boot, wanted.shape, kept=kept)
+        metadata = {"startup-script": script, "cloudrun-image": wanted.image}
         instance = sdk.Instance(
             name=wanted.vm or gce_name(name),
             machine_type=f"zones/{zone}/machineTypes/{wanted.shape.machine_type}",
             disks=[sdk.AttachedDisk(boot=True, auto_delete=True, type_="PERSISTENT", initialize_params=disk)],
             network_interfaces=[network],
             service_accounts=[
-                sdk.ServiceAccount(email=vm.get("VM_SERVICE_ACCOUNT") or "default", scopes=[SCOPE])
+                sdk.ServiceAccount(email=vm.get("VM_SERVICE_ACCOUNT") or "default", scopes=SCOPES)
             ],
             scheduling=self._scheduling(boot, wanted.shape, wanted.spot, kept=kept),
             labels=labels_of(boot, kept=kept),
-            metadata=sdk.Metadata(items=self._items(boot, wanted.shape, kept=kept)),
+            metadata=sdk.Metadata(items=self._items(metadata)),
         )
         if wanted.shape.accelerator:
             kind = f"zones/{zone}/acceleratorTypes/{wanted.shape.accelerator}"
@@ -238,14 +241,11 @@ class GcpBackend:
             now = sdk.call("Instances", "get", zone=zone, **where)
             self._check_free(now)
             raise Held(f"{vm.name} was changed by somebody else a moment ago; run again") from None
-        others = {key: value for key, value in metadata_of(vm).items() if key not in ("startup-script",)}
-        items = [sdk.Items(key=key, value=value) for key, value in others.items()]
         shape = shape_of(vm)
-        items += self._items(boot, shape, kept=True)[:1]
+        items = self._items({**metadata_of(vm), "startup-script": self._script(boot, shape, kept=True)})
         metadata = sdk.Metadata(fingerprint=vm.metadata.fingerprint, items=items)
         sdk.change("set_metadata_unary", zone, metadata_resource=metadata, **where)
-        spot = vm.scheduling.provisioning_model == "SPOT"
-        scheduling = self._scheduling(boot, shape, spot, kept=True)
+        scheduling = self._scheduling(boot, shape, is_spot(vm), kept=True)
         sdk.change("set_scheduling_unary", zone, scheduling_resource=scheduling, **where)
         now = sdk.call("Instances", "get", zone=zone, **where)
         if (now.labels.get(RUN), now.labels.get(ATTEMPT)) != (boot.run, str(boot.attempt)):
@@ -282,16 +282,12 @@ class GcpBackend:
             scheduling.on_instance_stop_action = sdk.SchedulingOnInstanceStopAction(discard_local_ssd=True)
         return scheduling
 
-    def _items(self, boot: Boot, shape: Shape, *, kept: bool) -> list[Any]:
-        payload = {
-            **boot.payload,
-            "kept": kept,
-            "gpus": shape.gpus,
-            "user": self._vm.get("VM_USER", ""),
-        }
-        script = startup_script(payload, os.environ)
-        values = {"startup-script": script, "cloudrun-image": self._wanted.image}
-        return [self._compute.Items(key=key, value=value) for key, value in values.items()]
+    def _script(self, boot: Boot, shape: Shape, *, kept: bool) -> str:
+        more = {"kept": kept, "gpus": shape.gpus, "user": self._vm.get("VM_USER", "")}
+        return startup_script({**boot.payload, **more}, os.environ)
+
+    def _items(self, metadata: dict[str, str]) -> list[Any]:
+        return [self._compute.Items(key=key, value=value) for key, value in metadata.items()]
 
     def _check_limit(self, vm: str, zone: str) -> None:
         """Raises CloudrunError for a machine that the provider would not end: our caller does."""
@@ -318,7 +314,7 @@ class GcpBackend:
             return
         zone, vm = found
         # What has another name than we would give it was made by somebody else, whatever its labels say.
-        kept, now = vm.labels.get(KEPT) == "yes" or vm.name != gce_name(name), time.monotonic()
+        kept, now = is_kept(vm) or vm.name != gce_name(name), time.monotonic()
         nothing_left = vm.status == "TERMINATED" and kept
         if nothing_left or now - self._asked.get(name, -ASK_AGAIN_SECONDS) < ASK_AGAIN_SECONDS:
             return
@@ -372,5 +368,5 @@ class GcpBackend:
             (zone, vm) for zone, vm in found if (vm.labels.get(RUN), vm.labels.get(ATTEMPT)) == (run, attempt)
         ]
         for zone, vm in mine:
-            self._seen[name] = zone, vm.name, vm.labels.get(KEPT) == "yes"
+            self._seen[name] = zone, vm.name, is_kept(vm)
         return mine[0] if mine else None

@@ -28,6 +28,14 @@ def is_ours(vm: Any) -> bool:
     return RUN in vm.labels and all(_number(vm.labels.get(label, "")) for label in (ATTEMPT, ENDS))
 
 
+def is_kept(vm: Any) -> bool:
+    return bool(vm.labels.get(KEPT) == "yes")
+
+
+def is_spot(vm: Any) -> bool:
+    return bool(vm.scheduling.provisioning_model == "SPOT")
+
+
 def is_being_taken(vm: Any) -> bool:
     """By another run: its labels are set, and it was not started since."""
     stopped = str(int(seconds_of_google(vm.last_stop_timestamp) or 0))
@@ -45,7 +53,6 @@ def described(zone: str, vm: Any, price: float | None) -> Instance:
         ended = stopped or time.time()
         if str(int(ended)) == vm.labels.get(BEFORE):  # taken, and never started since
             started = ended
-    spot = vm.scheduling.provisioning_model == "SPOT"
     return Instance(
         name=f"{run}-{attempt}",
         run=run,
@@ -54,10 +61,10 @@ def described(zone: str, vm: Any, price: float | None) -> Instance:
         started=started,
         alive=vm.status != "TERMINATED",
         ended=ended,
-        leftover=ended is not None and vm.labels.get(KEPT) != "yes",
-        price=known_price(shape_of(vm), zone, spot) if price is None else price,
-        kept=vm.labels.get(KEPT) == "yes",
-        parked=parked_words(vm) if ended is not None and vm.labels.get(KEPT) == "yes" else "",
+        leftover=ended is not None and not is_kept(vm),
+        price=known_price(shape_of(vm), zone, is_spot(vm)) if price is None else price,
+        kept=is_kept(vm),
+        parked=parked_words(vm) if ended is not None and is_kept(vm) else "",
     )
 
 

@@ -101,7 +101,7 @@ def end_of(backend: Backend, bucket: Bucket, order: Order, attempt: int, *, grac
         ended = ended._replace(ended=min(ended.ended, seconds_of(order.ends_by)))
     with suppress(BucketError):
         claim, after = (attempt_object(bucket, order, n, "claim") for n in (attempt, attempt + 1))
-        if claim and ended.started is None:
+        if claim and "time" in claim and ended.started is None:
             ended = ended._replace(started=seconds_of(claim["time"]), price=ended.price or claim["price"])
         if after and "time" in after:
             ended = ended._replace(ended=min(ended.ended, seconds_of(after["time"])))

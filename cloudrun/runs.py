@@ -77,13 +77,21 @@ def last_attempt(bucket: Bucket, order: Order) -> int:
     """The number of the newest attempt that a client claimed, 0 before the first."""
     names = bucket.dirs(order.prefix + "/attempts/")
     newest = max((int(name) for name in names if name.isdigit()), default=0)
-    return newest - 1 if is_claimed(bucket, order, newest) is False else newest
+    return newest if is_claimed(bucket, order, newest) else max(newest - 1, 0)
 
 
 def is_claimed(bucket: Bucket, order: Order, attempt: int) -> bool | None:
-    """True: for a machine; False: by who closes the bill, so that there never will be one; None: not yet."""
-    claim = attempt_object(bucket, order, attempt, "claim")
-    return None if claim is None else not claim.get("closed")
+    """True: for a machine; False: by who closes the bill, so that there never will be one; None: not yet.
+
+    A claim that is damaged may stand for a machine. A folder makes the directory before the claim.
+    """
+    name = f"{order.prefix}/attempts/{attempt}/claim.json"
+    try:
+        return not parse(bucket.get(name)[0], name).get("closed")
+    except Missing:
+        return None
+    except Corrupt:
+        return True
 
 
 def attempt_object(bucket: Bucket, order: Order, attempt: int, what: str) -> dict[str, Any] | None:

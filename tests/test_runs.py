@@ -92,6 +92,10 @@ def test_attempts(bucket: FolderBucket) -> None:
     for name in ("1/claim.json", "2/claim.json", "10/claim.json", "x/claim.json"):
         bucket.create(f"{order.prefix}/attempts/{name}", b"{}")
     assert last_attempt(bucket, order) == 10
+    (Path(bucket.root) / order.prefix / "attempts/11").mkdir()  # somebody is just claiming, or closing
+    assert last_attempt(bucket, order) == 10
+    bucket.create(f"{order.prefix}/attempts/11/claim.json", b"not json")  # there may be a machine
+    assert last_attempt(bucket, order) == 11
     bucket.put(f"{order.prefix}/attempts/2/state.json", b"not json")
     assert attempt_object(bucket, order, 2, "state") is None
 

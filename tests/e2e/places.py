@@ -10,7 +10,7 @@ from pathlib import Path
 from cloud.compute import Cloud
 from cloud.project import Timing
 from cloud.storage import Storage
-from machine import wait_until
+from machine import role_of, wait_until
 
 QUICK = Timing(0.02, 0.02, boot=0.05, stopping=0.02, deleting=0.02, guest_standard=4.0, guest_spot=4.0)
 
@@ -65,11 +65,11 @@ class GcpPlace:
         }
 
     def role(self, name):
-        """The processes on all machines with this CLOUDRUN_ROLE, oldest first."""
+        """The processes on all machines that are guard, agent or program, oldest first."""
         found = []
         for pid in (pid for machine in self.cloud.all_machines for pid in machine.processes()):
             with suppress(OSError):
-                if f"CLOUDRUN_ROLE={name}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if role_of(pid, Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")) == name:
                     found.append(pid)
         return sorted(found)
 

@@ -25,7 +25,7 @@ LAYERS = (
     ("follow",),
     ("bill",),
     ("output", "pull", "send", "runs"),
-    ("order", "receipt", "zipapp", "report", "signals"),
+    ("order", "receipt", "zipapp", "report", "signals", "terminal"),
     ("index",),
     ("backends.local", "backends.gcp"),
     ("backends.gcp_api", "backends.gcp_boot", "backends.gcp_vm"),

@@ -7,7 +7,7 @@ import threading
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Callable
+    from typing import Any, Callable, Iterable
 
 
 class Background:
@@ -61,3 +61,21 @@ class Background:
                 self._error = error
             del job  # it may be large
             self._jobs.task_done()
+
+
+def side_by_side(act: Callable[[Any], Any], items: Iterable[Any], workers: int) -> list[Any]:
+    """What `act` makes of each, in their order. Raises what one of them raised."""
+    items = list(items)
+    results: list[Any] = [None] * len(items)
+
+    def one(number: int) -> None:
+        results[number] = act(items[number])
+
+    work = Background(one, 1, workers)
+    try:
+        for number in range(len(items)):
+            work.put(number)
+        work.finish()
+    finally:
+        work.close()
+    return results

@@ -135,7 +135,10 @@ click.version_option(__version__, prog_name="cloudrun")(cli)
 
 AS_JSON = flag("--json", "as_json", help="Print JSON; see the README for the fields.")
 COMMANDS: dict[str, tuple[str, list[click.Parameter]]] = {
-    "ps": ("Show the runs whose bill is still open.", [AS_JSON]),
+    "ps": (
+        "Show the runs whose bill is open, and the machines, of every backend.",
+        [flag("-a", "--all", "history", help="Runs that have ended, too."), AS_JSON],
+    ),
     "logs": ("Print the program's output so far.", [flag("-f", "--follow", help="Go on until its end.")]),
     "wait": ("Wait for a run's end; exit with its exit code.", [AS_JSON]),
     "stop": (

@@ -12,18 +12,15 @@ from cloudrun import pull as pulling
 from cloudrun.bill import close, end_of
 from cloudrun.closing import counted, last_line, say_pulled
 from cloudrun.config import Settings
-from cloudrun.errors import BucketError, CloudrunError, UsageError
+from cloudrun.errors import FAILED, CloudrunError, UsageError
 from cloudrun.follow import NOW, request_end
-from cloudrun.formats import seconds_of
+from cloudrun.listing import backends_of, look, rows, table
 from cloudrun.order import Order, here
 from cloudrun.output import Output
 from cloudrun.receipt import Outcome, user_code
-from cloudrun.report import human_seconds
 from cloudrun.run import Client, see_through
-from cloudrun.runs import find_run, last_attempt, load, open_runs, read_bill, record
+from cloudrun.runs import find_run, last_attempt, read_bill, record
 from cloudrun.sweep import sweep
-
-COLUMNS = "{:<44} {:<9} {:<8} {:>14} {:>12}"
 
 
 def sweep_up(client: Client) -> int:
@@ -48,26 +45,16 @@ def which(client: Client, settings: Settings, text: str | None, *, act: bool = F
     return order
 
 
-def ps(client: Client, settings: Settings, *, as_json: bool) -> int:
-    """A line per open run, oldest first; with `as_json` one JSON array."""
+def ps(client: Client, settings: Settings, *, as_json: bool, history: bool = False) -> int:
+    """A line for each open run and each machine without one, oldest first; `as_json`: one JSON array."""
     code = sweep_up(client)
-    records = []
-    for project, run in open_runs(client.bucket):
-        try:
-            records.append(record(client.bucket, load(client.bucket, project, run)))
-        except BucketError as error:
-            client.report.warn(f"{run}: {error}")
-    records.sort(key=lambda item: str(item["started"]))
-    if as_json:
-        print(json.dumps(records, indent=1))
-    elif records:
-        print(COLUMNS.format("RUN", "STATE", "BACKEND", "AGE", "USD/H"))
-    for item in () if as_json else records:
-        price = item["price_usd_per_hour"]
-        words = "unknown" if price is None else f"{price:.2f}"
-        age = human_seconds(max(time.time() - seconds_of(item["started"]), 0))
-        print(COLUMNS.format(item["run"], str(item["state"]), item["backend"], age, words))
-    return code
+    sight = look(backends_of(settings, client.backend, os.environ, client.report), client.report)
+    records = rows(client.bucket, sight, client.report, history=history)
+    for line in [json.dumps(records, indent=1)] if as_json else table(records):
+        print(line)
+    if sight.others:
+        client.report.say("not made by cloudrun, billed, and left alone: " + ", ".join(sight.others))
+    return code or (FAILED if sight.blind else 0)
 
 
 def logs(client: Client, settings: Settings, run: str | None, *, follow: bool) -> int:

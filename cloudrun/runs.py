@@ -6,6 +6,7 @@ from contextlib import suppress
 from itertools import groupby
 from typing import Any
 
+from cloudrun.background import side_by_side
 from cloudrun.errors import Corrupt, Missing, UsageError
 from cloudrun.formats import parse
 from cloudrun.order import Order, read_order, run_prefix
@@ -13,18 +14,29 @@ from cloudrun.receipt import outcome_of, read_receipt
 from cloudrun.storage import Bucket
 
 SCHEMA = 1
+RECORD = (
+    *("schema", "run", "project", "directory", "host", "backend", "state", "attempt", "started", "deadline"),
+    *("price_usd_per_hour", "reason", "exit_code", "run_seconds", "billed_seconds", "cost_usd"),
+    *("ended_by", "proof"),
+)
 
 
 def open_runs(bucket: Bucket) -> list[tuple[str, str]]:
     """(project, run) of every run whose bill is not closed. A damaged entry is skipped: gc must go on."""
-    found = []
-    for name in bucket.names("open/"):
+
+    def read(name: str) -> tuple[str, str] | None:
         try:
             value = parse(bucket.get(name)[0], name, run=str, project=str)
         except (Missing, Corrupt):
-            continue
-        found.append((value["project"], value["run"]))
-    return found
+            return None
+        return value["project"], value["run"]
+
+    return [found for found in side_by_side(read, bucket.names("open/"), 2 * bucket.workers) if found]
+
+
+def every_run(bucket: Bucket) -> list[tuple[str, str]]:
+    """(project, run) of every run that there ever was."""
+    return _all(bucket, "")
 
 
 def load(bucket: Bucket, project: str, run: str) -> Order:
@@ -112,13 +124,23 @@ def read_bill(bucket: Bucket, order: Order) -> dict[str, Any] | None:
 
 
 def record(bucket: Bucket, order: Order) -> dict[str, Any]:
-    """The one documented JSON object about a run, for `ps`, `wait` and `--json`."""
-    attempt = last_attempt(bucket, order)
-    state = attempt_object(bucket, order, attempt, "state") or {}
-    bill, receipt = read_bill(bucket, order), None
+    """The one documented JSON object about a run, for `wait` and `--json`."""
+    attempt, bill, receipt = last_attempt(bucket, order), read_bill(bucket, order), None
+    state = attempt_object(bucket, order, attempt, "state")
     with suppress(Corrupt):
         receipt = read_receipt(bucket, order.prefix)
-    outcome = outcome_of(receipt) if receipt else None
+    return described(order, attempt, state, receipt, bill)
+
+
+def described(
+    order: Order,
+    attempt: int,
+    state: dict[str, Any] | None,
+    receipt: dict[str, Any] | None = None,
+    bill: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A value for each name of RECORD."""
+    outcome, phase = outcome_of(receipt) if receipt else None, (state or {}).get("phase", "starting")
     ended = (bill or {}).get("exit_code")
     return {
         "schema": SCHEMA,
@@ -127,7 +149,7 @@ def record(bucket: Bucket, order: Order) -> dict[str, Any]:
         "directory": order.origin[1],
         "host": order.origin[0],
         "backend": order.backend,
-        "state": "ended" if bill else "ending" if receipt else state.get("phase", "starting"),
+        "state": "ended" if bill else "ending" if receipt else phase,
         "attempt": attempt,
         "started": order.created,
         "deadline": order.deadline,

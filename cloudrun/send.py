@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from cloudrun.background import Background
+from cloudrun.background import Background, side_by_side
 from cloudrun.errors import CloudrunError
 from cloudrun.formats import Entry, digest_of, entry_line, shown
 from cloudrun.index import Index, settled, stat_key
@@ -71,19 +71,9 @@ def plan(found: list[Found], index: Index, bucket: Bucket, project: str) -> Plan
 
 def _lost(blobs: set[str], bucket: Bucket, project: str) -> set[str]:
     """Those that the bucket does not have; asked side by side, because each answer takes a round trip."""
-    sizes: dict[str, int | None] = {}
-
-    def ask(blob: str) -> None:
-        sizes[blob] = bucket.size(f"{project}/blobs/{blob}")
-
-    asking = Background(ask, 1, 2 * bucket.workers)  # a question is mostly waiting
-    try:
-        for blob in blobs:
-            asking.put(blob)
-        asking.finish()
-    finally:
-        asking.close()
-    return {blob for blob, size in sizes.items() if size is None}
+    names = sorted(blobs)  # a question is mostly waiting
+    sizes = side_by_side(lambda blob: bucket.size(f"{project}/blobs/{blob}"), names, 2 * bucket.workers)
+    return {blob for blob, size in zip(names, sizes, strict=True) if size is None}
 
 
 def send(plan: Plan, index: Index, bucket: Bucket, project: str, progress: Progress) -> Plan:

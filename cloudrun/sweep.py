@@ -30,7 +30,8 @@ def sweep(backend: Backend, bucket: Bucket, report: Report) -> None:
     """
     machines: dict[str, list[Instance]] = {}
     for instance in backend.all():
-        machines.setdefault(instance.run, []).append(instance)
+        if instance.billed:  # what is parked has been seen to the end
+            machines.setdefault(instance.run, []).append(instance)
     runs: dict[str, str] = {}
     still: list[str] = []
     try:

@@ -66,6 +66,9 @@ class FakeBackend:
         self._reach()
         return [machine for machine in self.machines.values() if machine.ended is None]
 
+    def others(self) -> list[str]:
+        return []
+
     def stop(self, name: str) -> None:
         self._called("stop")
         if self.refuse_stop:

@@ -21,7 +21,7 @@ LAYERS = (
     ("doctor",),
     ("doctor.google",),
     ("commands", "closing"),
-    ("run", "start", "sweep"),
+    ("run", "start", "sweep", "listing"),
     ("follow",),
     ("bill",),
     ("output", "pull", "send", "runs"),
@@ -217,7 +217,7 @@ def code_lines(path: Path) -> int:
     return len(lines - docs)
 
 
-SIZES = {"client": 3000, "agent": 900, "local": 450, "rented": 250, "gcp": 1900, "doctor": 650}
+SIZES = {"client": 3500, "agent": 900, "local": 450, "rented": 250, "gcp": 1900, "doctor": 650}
 
 
 @pytest.mark.parametrize(("part", "most"), SIZES.items())

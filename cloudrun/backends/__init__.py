@@ -55,6 +55,11 @@ class Instance(NamedTuple):
     parked: str = ""
     kept: bool = False
 
+    @property
+    def billed(self) -> bool:
+        """Whether it costs something that nobody wants to pay for."""
+        return self.ended is None or self.leftover
+
 
 class Backend(Protocol):
     """No retries, no printing, no other backend. Errors are CloudrunError."""
@@ -80,7 +85,10 @@ class Backend(Protocol):
         """The machine of this name, or None if the provider says that there is none."""
 
     def all(self) -> list[Instance]:
-        """Every machine that carries cloudrun's labels, of whatever run."""
+        """Every machine that carries cloudrun's labels, of whatever run, parked ones included."""
+
+    def others(self) -> list[str]:
+        """Machines of this account that are billed and are not ours: named, never touched."""
 
     def stop(self, name: str) -> None:
         """Ask for the end of all billing for this name, and free what it left. Absent is success."""

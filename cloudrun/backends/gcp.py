@@ -306,7 +306,11 @@ class GcpBackend:
         found = [described(*each, self._price) for each in listed]
         for instance, (zone, vm) in zip(found, listed, strict=True):
             self._seen[instance.name] = zone, vm.name, instance.kept
-        return [instance for instance in found if instance.ended is None or instance.leftover]
+        return found
+
+    def others(self) -> list[str]:
+        listed = self._compute.listed("status!=TERMINATED")
+        return [f"{vm.name} in {zone}" for zone, vm in listed if not is_ours(vm) and vm.status != "SUSPENDED"]
 
     def stop(self, name: str) -> None:
         found = self._found(name)

@@ -97,6 +97,9 @@ class LocalBackend:
             members.setdefault(os.path.basename(mark["CLOUDRUN_INSTANCE"]), []).append((pid, mark))
         return [_instance(name, found) for name, found in members.items()]
 
+    def others(self) -> list[str]:
+        return []
+
     def stop(self, name: str) -> None:
         """Kill all of it, the guard last: until then orphans come to the guard and cannot hide."""
         deadline = time.monotonic() + KILL_SECONDS

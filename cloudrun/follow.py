@@ -267,6 +267,9 @@ class _Follower:
             end = attempt_object(self.client.bucket, self.order, self.attempt, "end")
             if end:
                 return self._seen(how_of(end))
+        with suppress(CloudrunError):  # it had no time to say so, or no network
+            if self.client.backend.taken_away(self.name):
+                return self._seen("preempted")
         return self._seen("gone")
 
 

@@ -125,8 +125,11 @@ class _Visit:
         end = attempt_object(self.bucket, order, attempt, "end")
         console = self.console or self.backend.console(f"{order.run}-{attempt}")
         began = state.get("phase") in ("run", "save")
-        seen = Seen(how_of(end) if end else self.how, console=console, began=began)
-        return conclude(self.bucket, order, seen)
+        how = how_of(end) if end else self.how
+        with suppress(CloudrunError):
+            if how == "gone" and attempt and self.backend.taken_away(f"{order.run}-{attempt}"):
+                how = "preempted"
+        return conclude(self.bucket, order, Seen(how, console=console, began=began))
 
 
 def _named(run: str) -> float:

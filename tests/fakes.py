@@ -38,6 +38,7 @@ class FakeBackend:
         self.refuse_stop = self.fail_after_start = False
         self.unreachable = 0
         self.sold_out: set[str] = set()
+        self.taken: set[str] = set()
         self.on_call: Callable[[str], None] = lambda what: None
 
     def offers(self) -> list[Offer]:
@@ -74,6 +75,9 @@ class FakeBackend:
         if self.refuse_stop:
             raise CloudrunError("no permission to stop it")
         self.machines.pop(name, None)
+
+    def taken_away(self, name: str) -> bool:
+        return name in self.taken
 
     def console(self, name: str) -> str:
         return self.words if name in self.machines else ""

@@ -64,7 +64,7 @@ SENT = (
 
 CATCH_ALL = {
     "backends/gcp_api.py: call",  # what the SDK raises is translated: its own errors and other libraries'
-    "backends/gcp_api.py: listed",  # the same
+    "backends/gcp_api.py: _every",  # the same
     "backends/gcp_api.py: _load",  # kept for who waits for the SDK
     "agent/main.py: main",  # the machine has to end, whatever it is
     "agent/main.py: work",  # main.py's end is reported, whatever went wrong around it

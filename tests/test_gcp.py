@@ -230,6 +230,17 @@ def test_a_kept_machine_is_parked_and_started_again(cloud: Cloud, kept: GcpRig) 
     assert abs((end.ended - end.started) - (cloud.meter.seconds("my-vm") - before)) < 1.0
 
 
+def test_a_kept_machine_was_taken_away_in_the_life_that_was_taken(cloud: Cloud, kept: GcpRig) -> None:
+    name = kept.create(attempt=2)
+    cloud.clock.advance(2)  # Google's times of a stop are told apart by the second
+    cloud.preempt("my-vm")
+    cloud.wait("my-vm", "TERMINATED")
+    assert kept.backend.taken_away(name) and kept.client().taken_away(name)
+    name = kept.create(attempt=3)
+    ended(kept, name)
+    assert not kept.backend.taken_away(name)
+
+
 def test_of_two_who_take_it_at_once_one_has_it(cloud: Cloud, kept: GcpRig) -> None:
     other = kept.client()
     offers = kept.backend.offers()

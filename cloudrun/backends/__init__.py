@@ -93,6 +93,9 @@ class Backend(Protocol):
     def stop(self, name: str) -> None:
         """Ask for the end of all billing for this name, and free what it left. Absent is success."""
 
+    def taken_away(self, name: str) -> bool:
+        """Whether the provider says that it took back the machine of this name, which has ended."""
+
     def console(self, name: str) -> str:
         """The last words on the machine's console; empty when there are none."""
 

@@ -331,6 +331,22 @@ class GcpBackend:
             if getattr(error, "code", None) != 404:
                 raise
 
+    def taken_away(self, name: str) -> bool:
+        """By the operation that this leaves: a machine of one attempt is gone with it."""
+        found = self._found(name)
+        zones, vm, since = self._wanted.zones, gce_name(name), 0.0
+        if found:
+            zones, vm = [found[0]], found[1].name
+            since = seconds_of_google(found[1].last_start_timestamp) or 0.0
+        elif name in self._zones:
+            zones = [self._zones[name]]
+        return any(
+            each.target_link.endswith("/instances/" + vm)
+            and (seconds_of_google(each.insert_time) or 0.0) >= since
+            for zone in zones
+            for each in self._compute.operations(zone, "compute.instances.preempted")
+        )
+
     def console(self, name: str) -> str:
         found = self._found(name)
         if not found:

@@ -107,14 +107,21 @@ class Compute:
 
     def listed(self, text: str) -> list[tuple[str, Any]]:
         """(zone, instance) of all instances that this filter lets through."""
-        pages = self.call("Instances", "aggregated_list", filter=text)
+        zones = self._every(self.call("Instances", "aggregated_list", filter=text))
+        for place, found in zones:
+            if found.warning.code not in ("", "NO_RESULTS_ON_PAGE"):
+                raise ApiError(f"{place} cannot be listed now: {found.warning.message}")
+        return [(place.rpartition("/")[2], vm) for place, found in zones for vm in found.instances]
+
+    def operations(self, zone: str, kind: str) -> list[Any]:
+        """What happened in a zone, Google's own doing among it; it is forgotten after about two weeks."""
+        return self._every(self.call("ZoneOperations", "list", zone=zone, filter=f'operationType="{kind}"'))
+
+    def _every(self, pages: Any) -> list[Any]:
+        """All items of a list; the second page is fetched here. Raises ApiError."""
         try:
-            zones = list(pages)
-            for place, found in zones:
-                if found.warning.code not in ("", "NO_RESULTS_ON_PAGE"):
-                    raise ApiError(f"{place} cannot be listed now: {found.warning.message}")
-            return [(place.rpartition("/")[2], vm) for place, found in zones for vm in found.instances]
-        except Exception as error:  # the second page is fetched here
+            return list(pages)
+        except Exception as error:
             raise _translated(error, self.project) from None
 
     def __getattr__(self, name: str) -> Any:

@@ -8,7 +8,7 @@ from cloud.errors import bad_request
 from cloud.faults import Answer
 from gce import Gce
 from machine import signal_all, wait_until
-from test_ends import POLITE, SLEEP, WORK, hours, lose
+from test_ends import POLITE, RESUMED, SLEEP, WORK, hours, lose
 
 VM = {"VM_INSTANCE": "my-vm", "VM_SPOT": "0"}
 
@@ -88,6 +88,43 @@ def test_a_stop_from_outside_ends_the_run_and_is_no_preemption(gcp):
     assert client.wait(60) == 121
     assert "shut down from outside" in gcp.err(client)
     assert gcp.ended(2)["attempts"] == 1 and status(gcp) == "TERMINATED"
+
+
+def taken_without_a_word(gcp, *arguments, **settings):
+    """A client whose machine is taken away while no process on it can do anything."""
+    gcp.main(RESUMED)
+    client = gcp.running(*arguments, "main.py", text="step 0\n", **settings)
+    wait_until(lambda: gcp.saved("model/step"))
+    (name,) = gcp.meter.members
+    gcp.place.cloud.machine(name).freeze()
+    return client, name
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_machine_that_is_taken_away_without_a_word_is_preempted_all_the_same(gcp, kept):
+    client, name = taken_without_a_word(gcp, **({**VM, "VM_SPOT": "1"} if kept else {}))
+    gcp.place.cloud.preempt(name)
+    assert client.wait(60) == 0, gcp.err(client)
+    assert gcp.out(client) == "step 0\nstep 7\n"
+    gcp.meter.wait_gone(2)
+    assert gcp.object("attempts/1/end.json") is None and gcp.object("bill.json")["attempts"] == 2
+
+
+def test_a_run_that_was_taken_away_without_a_word_is_gone_on_with_by_who_comes_later(gcp):
+    client, name = taken_without_a_word(gcp)
+    lose(client)
+    gcp.place.cloud.preempt(name)
+    gcp.meter.wait_gone(20)
+    assert gcp.run("wait") == 0
+    gcp.meter.wait_gone(2)
+    assert gcp.object("bill.json")["attempts"] == 2
+
+
+def test_a_host_that_fails_is_no_preemption(gcp):
+    client, name = taken_without_a_word(gcp)
+    gcp.place.cloud.host_error(name)
+    assert client.wait(60) == 121, gcp.err(client)
+    assert gcp.ended(2)["reason"] == "lost"
 
 
 def test_the_provider_ends_what_nobody_else_ends(gcp):

@@ -39,7 +39,7 @@ class NoCapacity(CloudrunError):
 
 
 class Held(CloudrunError):
-    """Another run has the machine that is kept."""
+    """Another run has the machine that is kept, and nothing was started."""
 
 
 class StillRunning(CloudrunError):

@@ -102,24 +102,21 @@ def environment(pairs: tuple[str, ...], environ: dict[str, str]) -> dict[str, st
 def start_and_follow(client: Client, settings: Settings, wanted: Wanted, options: dict[str, Any]) -> int:
     report = client.report
     sweep_up(client)
-    report.stage("scan")
-    prepared = prepare(settings, client.bucket)
-    check_script(prepared, wanted)
-    report.say(describe(prepared))
-    report.stage("offer")
-    offers = wait_for_offers(client, queue=options["wait"])
-    check_limits(settings, offers)
-    order = store(prepared, settings, wanted, dearest(offers), (client.bucket, report))
-    try:
-        check_time(order, offers)
-        report.say(f"{offers[0].what}, {price_words(order)}")
-        report.detail(f"run {order.run}, kept in {client.bucket.url}/{order.prefix}")
-        outcome = execute(client, order, offers, detach=options["detach"])
-    except BaseException as error:
-        abandon(client, order)
-        if isinstance(error, Interrupted):
-            report.say("no machine of this run is left")
-        raise
+    while True:
+        order, offers = place_order(client, settings, wanted, queue=options["wait"])
+        try:
+            check_time(order, offers)
+            report.say(f"{offers[0].what}, {price_words(order)}")
+            report.detail(f"run {order.run}, kept in {client.bucket.url}/{order.prefix}")
+            outcome = execute(client, order, offers, detach=options["detach"])
+            break
+        except BaseException as error:
+            abandon(client, order)
+            if isinstance(error, Interrupted):
+                report.say("no machine of this run is left")
+            if not (options["wait"] and isinstance(error, Held) and last_attempt(client.bucket, order) < 2):
+                raise
+            report.say(f"queueing: {error}")  # as a new run, that has all its time before it
     if options["detach"]:
         print(order.run, flush=True)
     if outcome is None:
@@ -129,6 +126,21 @@ def start_and_follow(client: Client, settings: Settings, wanted: Wanted, options
         written = write_record(options["json_file"], client, order, pulled)
         code = code or written
     return code
+
+
+def place_order(
+    client: Client, settings: Settings, wanted: Wanted, *, queue: bool
+) -> tuple[Order, list[Offer]]:
+    """Send the project and write the order, once there is an offer."""
+    report = client.report
+    report.stage("scan")
+    prepared = prepare(settings, client.bucket)
+    check_script(prepared, wanted)
+    report.say(describe(prepared))
+    report.stage("offer")
+    offers = wait_for_offers(client, queue=queue)
+    check_limits(settings, offers)
+    return store(prepared, settings, wanted, dearest(offers), (client.bucket, report)), offers
 
 
 def abandon(client: Client, order: Order) -> None:

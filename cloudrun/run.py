@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from cloudrun.backends import Backend, Boot, Offer
 from cloudrun.bill import Ended, Patience, close, end_of, ends_of, see_ended
 from cloudrun.config import USUAL, Bounds, Settings
-from cloudrun.errors import BucketError, CloudrunError, Conflict, Interrupted, NoCapacity, UsageError
+from cloudrun.errors import BucketError, CloudrunError, Conflict, Held, Interrupted, NoCapacity, UsageError
 from cloudrun.follow import Seen, conclude, follow, requested_end, since_boot
 from cloudrun.formats import canonical, timestamp
 from cloudrun.order import Order, deadline
@@ -172,6 +172,9 @@ def rent(client: Client, order: Order, attempt: int, offers: list[Offer], machin
                 machine.none = True
                 raise
             client.report.say(f"{error}; trying {offers[number].what}")
+        except Held:
+            machine.none = True
+            raise
 
 
 def settle(client: Client, order: Order, ends: list[Ended], outcome: Outcome) -> bool:

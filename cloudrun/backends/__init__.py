@@ -77,8 +77,8 @@ class Backend(Protocol):
     def create(self, name: str, offer: Offer, boot: Boot) -> None:
         """Start a machine under this name.
 
-        Raises NoCapacity if this offer cannot be had and nothing was started. When it raises anything
-        else, a machine may have been started.
+        Raises NoCapacity if this offer cannot be had, Held if another run has the machine, and in both
+        cases nothing was started. When it raises anything else, a machine may have been started.
         """
 
     def find(self, name: str) -> Instance | None:

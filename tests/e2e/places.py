@@ -79,6 +79,10 @@ class GcpPlace:
                 return json.loads(found.data)
         return None
 
+    def orders(self):
+        found = self.storage.objects("b").items()
+        return [json.loads(each.data) for path, each in found if path.endswith("/order.json")]
+
     def open_runs(self):
         return [path for path in self.storage.objects("b") if path.startswith("runs/open/")]
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import pytest
 from cloud.errors import bad_request
@@ -45,6 +46,49 @@ def test_a_second_run_names_the_one_that_has_the_machine_or_queues(gcp):
     wait_until(lambda: "up\n" in gcp.out(third), 60)
     third.send_signal(signal.SIGINT)
     assert third.wait(60) == 130
+    gcp.meter.wait_gone(2)
+
+
+class Together:
+    """Requests of two clients that are let through when both are there."""
+
+    def __init__(self):
+        self.both = threading.Barrier(2, timeout=60)
+
+    def around(self, faults, request, perform):
+        self.both.wait()
+        return perform()
+
+
+def test_of_two_that_take_the_machine_at_once_one_waits_for_the_other(gcp):
+    """Both have an offer and an order; the one that comes too late queues as long as it has to."""
+    gcp.main(WORK)
+    assert gcp.run(hours(60), "main.py", **VM) == 0
+    gcp.place.cloud.faults.on("instances.setLabels", Together(), times=2)
+    gcp.main(POLITE)
+    clients = [gcp.start("--wait", hours(60), "main.py", **VM) for _ in range(2)]
+    wait_until(lambda: any("queueing: my-vm" in gcp.err(client) for client in clients), 60)
+    first, second = sorted(clients, key=lambda client: "queueing" in gcp.err(client))
+    wait_until(lambda: "up\n" in gcp.out(first), 60)
+    deadlines = [order["deadline"] for order in gcp.place.orders()]
+    first.send_signal(signal.SIGINT)
+    assert first.wait(60) == 130
+    wait_until(lambda: "up\n" in gcp.out(second), 60)
+    assert max(order["deadline"] for order in gcp.place.orders()) > max(deadlines), "it has all its time"
+    second.send_signal(signal.SIGINT)
+    assert second.wait(60) == 130, gcp.err(second)
+    gcp.meter.wait_gone(2)
+    assert len(gcp.place.cloud.inserts()) == 1 and not gcp.place.open_runs()
+
+
+def test_who_does_not_wait_and_comes_too_late_is_told(gcp):
+    gcp.main(WORK)
+    assert gcp.run("main.py", **VM) == 0
+    gcp.place.cloud.faults.on("instances.setLabels", Together(), times=2)
+    clients = [gcp.start("main.py", **VM) for _ in range(2)]
+    assert sorted(client.wait(60) for client in clients) == [0, 125]
+    late = next(client for client in clients if client.returncode)
+    assert "my-vm" in gcp.err(late) and not gcp.place.open_runs()
     gcp.meter.wait_gone(2)
 
 

@@ -123,13 +123,14 @@ class _Visit:
     def _outcome(self, order: Order, attempt: int) -> Outcome:
         state = attempt_object(self.bucket, order, attempt, "state") or {}
         end = attempt_object(self.bucket, order, attempt, "end")
-        console = self.console or self.backend.console(f"{order.run}-{attempt}")
-        began = state.get("phase") in ("run", "save")
+        began, name = state.get("phase") in ("run", "save"), f"{order.run}-{attempt}"
         how = how_of(end) if end else self.how
+        with suppress(CloudrunError):  # Compute Engine shows no console of a machine that is parked
+            self.console = self.console or self.backend.console(name)
         with suppress(CloudrunError):
-            if how == "gone" and attempt and self.backend.taken_away(f"{order.run}-{attempt}"):
+            if how == "gone" and attempt and self.backend.taken_away(name):
                 how = "preempted"
-        return conclude(self.bucket, order, Seen(how, console=console, began=began))
+        return conclude(self.bucket, order, Seen(how, console=self.console, began=began))
 
 
 def _named(run: str) -> float:

@@ -288,6 +288,28 @@ def test_a_start_whose_reply_is_lost_is_not_taken_for_an_end(cloud: Cloud, kept:
     assert cloud.status("my-vm") == "TERMINATED" and cloud.meter.running() == [] and end.layer == "lease"
 
 
+@pytest.mark.parametrize(("said", "seen"), [("6", 6.0), ("0", 0.0)])
+def test_a_machine_has_the_price_that_its_run_was_told(cloud: Cloud, said: str, seen: float) -> None:
+    rig = GcpRig(cloud, CLOUDRUN_PRICE=said)
+    name = rig.create()
+    other = rig.client(CLOUDRUN_PRICE="0.5")
+    found = other.find(name)
+    assert found and found.price == seen and other.all()[0].price == seen
+    ended(rig, name)
+
+
+def test_a_price_that_is_no_number_is_what_is_known(cloud: Cloud) -> None:
+    rig = GcpRig(cloud)
+    name = rig.create()
+    known = rig.backend.offers()[0].price
+    with cloud.clock.changed:
+        for item in cloud.instance(gce_name(name)).body["metadata"]["items"]:
+            item["value"] = "nan" if item["key"] == "cloudrun-price" else item["value"]
+    found = rig.backend.find(name)
+    assert found and found.price == known
+    ended(rig, name)
+
+
 def test_labels_of_somebody_else_authorise_nothing(cloud: Cloud) -> None:
     rig = GcpRig(cloud)
     name = rig.create()

@@ -22,8 +22,10 @@ from cloudrun.backends.gcp_vm import (
     ATTEMPT,
     BEFORE,
     KEPT,
+    PRICE,
     RUN,
     TAKEN,
+    amount,
     described,
     gce_name,
     is_being_taken,
@@ -169,16 +171,16 @@ class GcpBackend:
         try:
             if found:
                 self._zones[name] = found[0]
-                self._take(*found, boot)
+                self._take(*found, boot, offer.price)
             else:
-                self._insert(name, offer.where, boot)
+                self._insert(name, offer.where, boot, offer.price)
         except QuotaExceeded as error:
             if not error.region:
                 raise
             self._full.add(error.region)
             raise NoCapacity(str(error)) from None
 
-    def _insert(self, name: str, zone: str, boot: Boot) -> None:
+    def _insert(self, name: str, zone: str, boot: Boot, price: float | None) -> None:
         wanted, vm, sdk = self._wanted, self._vm, self._compute
         kept = bool(wanted.vm)
         disk = sdk.AttachedDiskInitializeParams(
@@ -193,7 +195,7 @@ class GcpBackend:
         if vm.get("VM_EXTERNAL_IP", "1").lower() not in ("0", "no", "none", "false"):
             network.access_configs = [sdk.AccessConfig(name="External NAT", type_="ONE_TO_ONE_NAT")]
         script = self._script(boot, wanted.shape, kept=kept)
-        metadata = {"startup-script": script, "cloudrun-image": wanted.image}
+        metadata = {"startup-script": script, "cloudrun-image": wanted.image, PRICE: amount(price)}
         instance = sdk.Instance(
             name=wanted.vm or gce_name(name),
             machine_type=f"zones/{zone}/machineTypes/{wanted.shape.machine_type}",
@@ -219,7 +221,7 @@ class GcpBackend:
             raise
         self._check_limit(instance.name, zone)
 
-    def _take(self, zone: str, vm: Any, boot: Boot) -> None:
+    def _take(self, zone: str, vm: Any, boot: Boot, price: float | None = None) -> None:
         """Start the machine that is kept. Who changes its labels first, while it is parked, has it."""
         sdk, where = self._compute, {"instance": vm.name}
         self._check_kept(zone, vm)
@@ -242,7 +244,8 @@ class GcpBackend:
             self._check_free(now)
             raise Held(f"{vm.name} was changed by somebody else a moment ago; run again") from None
         shape = shape_of(vm)
-        items = self._items({**metadata_of(vm), "startup-script": self._script(boot, shape, kept=True)})
+        ours = {"startup-script": self._script(boot, shape, kept=True), PRICE: amount(price)}
+        items = self._items({**metadata_of(vm), **ours})
         metadata = sdk.Metadata(fingerprint=vm.metadata.fingerprint, items=items)
         sdk.change("set_metadata_unary", zone, metadata_resource=metadata, **where)
         scheduling = self._scheduling(boot, shape, is_spot(vm), kept=True)
@@ -299,11 +302,11 @@ class GcpBackend:
 
     def find(self, name: str) -> Instance | None:
         found = self._found(name)
-        return described(*found, self._price) if found else None
+        return described(*found) if found else None
 
     def all(self) -> list[Instance]:
         listed = [each for each in self._compute.listed(f"labels.{RUN}:*") if is_ours(each[1])]
-        found = [described(*each, self._price) for each in listed]
+        found = [described(*each) for each in listed]
         for instance, (zone, vm) in zip(found, listed, strict=True):
             self._seen[instance.name] = zone, vm.name, instance.kept
         return found

@@ -19,6 +19,8 @@ RUN, ATTEMPT, ENDS, KEPT, BEFORE = (
     f"cloudrun-{word}" for word in ("run", "attempt", "ends", "kept", "before")
 )
 
+PRICE = "cloudrun-price"  # in the metadata: a label has no dot
+AMOUNT = re.compile(r"\d{1,6}(\.\d{1,9})?\Z")
 TAKEN = "cloudrun-taken"
 TAKE_SECONDS = 300.0  # in which who has taken a machine has started it
 
@@ -43,8 +45,7 @@ def is_being_taken(vm: Any) -> bool:
     return vm.labels.get(BEFORE) == stopped and -TAKE_SECONDS < age < TAKE_SECONDS
 
 
-def described(zone: str, vm: Any, price: float | None) -> Instance:
-    """`price`: what the user says; None: what is known."""
+def described(zone: str, vm: Any) -> Instance:
     run, attempt = vm.labels.get(RUN, ""), vm.labels.get(ATTEMPT, "0")
     started, stopped = (seconds_of_google(when) for when in (vm.last_start_timestamp, vm.last_stop_timestamp))
     started = started or seconds_of_google(vm.creation_timestamp) or time.time()
@@ -62,10 +63,20 @@ def described(zone: str, vm: Any, price: float | None) -> Instance:
         alive=vm.status != "TERMINATED",
         ended=ended,
         leftover=ended is not None and not is_kept(vm),
-        price=known_price(shape_of(vm), zone, is_spot(vm)) if price is None else price,
+        price=price_of(zone, vm),
         kept=is_kept(vm),
         parked=parked_words(vm) if ended is not None and is_kept(vm) else "",
     )
+
+
+def amount(price: float | None) -> str:
+    return "" if price is None else f"{price:.6f}"
+
+
+def price_of(zone: str, vm: Any) -> float | None:
+    """US dollars per hour, as whoever rented it was told; who looks may have set another price since."""
+    said = metadata_of(vm).get(PRICE, "")
+    return float(said) if AMOUNT.match(said) else known_price(shape_of(vm), zone, is_spot(vm))
 
 
 def _number(text: str) -> int:

@@ -171,6 +171,21 @@ def test_a_host_that_fails_is_no_preemption(gcp):
     assert gcp.ended(2)["reason"] == "lost"
 
 
+@pytest.mark.parametrize("ended_by", ["who looks", "itself"])
+def test_a_run_costs_what_was_said_to_who_started_it(gcp, ended_by):
+    """Whatever price the settings of the one have who closes its bill."""
+    gcp.main(SLEEP if ended_by == "who looks" else WORK + "print('up', flush=True); time.sleep(1)")
+    lose(gcp.running("main.py", CLOUDRUN_PRICE="6", **VM))
+    if ended_by == "who looks":
+        assert gcp.run("stop", "--now", CLOUDRUN_PRICE="0.5", **VM) == 0
+    else:
+        gcp.wait_for("receipt.json")
+        gcp.place.cloud.wait("my-vm", "TERMINATED")
+        assert gcp.run("ps", CLOUDRUN_PRICE="0.5", **VM) == 0
+    bill = gcp.ended(2)
+    assert bill["cost"] == pytest.approx(max(bill["seconds"], 60) * 6 / 3600, abs=1e-5)
+
+
 def test_the_provider_ends_what_nobody_else_ends(gcp):
     """Client gone, guard and agent stopped: Google's own limit, a minute after the deadline."""
     gcp.main(SLEEP)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 from cloudrun.backends import Backend, Instance
 from cloudrun.errors import BucketError, Conflict, StillRunning
 from cloudrun.formats import canonical, seconds_of, timestamp
-from cloudrun.order import Order
+from cloudrun.order import Order, time_of
 from cloudrun.runs import attempt_object, is_claimed, last_attempt
 from cloudrun.storage import Bucket
 
@@ -44,9 +45,17 @@ class Ended(NamedTuple):
     least: float = 0.0
 
 
-def see_ended(backend: Backend, name: str, patience: Patience, *, layer: str) -> Ended:
+def see_ended(
+    backend: Backend,
+    name: str,
+    patience: Patience,
+    *,
+    layer: str,
+    clock: Callable[[], float] = time.time,
+) -> Ended:
     """Wait for the machine to end itself, then end it, and look until it is gone.
 
+    clock: seconds since the epoch, for a machine whose provider does not say when it ended.
     Raises StillRunning, with what to do by hand, if that cannot be seen in time.
     """
     began, last, errors, stopped, certain = time.monotonic(), None, [], False, not patience.doubtful
@@ -61,9 +70,8 @@ def see_ended(backend: Backend, name: str, patience: Patience, *, layer: str) ->
                 stopped = stopped or (instance is not None and instance.ended is None)
                 backend.stop(name)  # also of what is gone: this frees what it left behind
             if gone and ((last and certain) or time.monotonic() >= appears):
-                return _seen_ended(
-                    backend, name, last, layer if stopped or not last else _itself(last, patience)
-                )
+                by = layer if stopped or not last else _itself(last, patience)
+                return _seen_ended(backend, name, last, by, clock())
         except Exception as error:  # whatever it is, it must not keep us from trying again
             errors.append(str(error))
         if time.monotonic() > max(began + patience.grace, appears) + patience.limit * backend.slowness:
@@ -78,9 +86,8 @@ def _itself(last: Instance, patience: Patience) -> str:
     return patience.itself if not last.why else "agent" if last.why == "the run is finished" else "guard"
 
 
-def _seen_ended(backend: Backend, name: str, last: Instance | None, layer: str) -> Ended:
+def _seen_ended(backend: Backend, name: str, last: Instance | None, layer: str, now: float) -> Ended:
     """`last` is what was last seen of it."""
-    now = time.time()
     started, ended, price = (last.started, last.ended, last.price) if last else (None, None, None)
     parked = last.parked if last else ""
     proof = f"{backend.name}: {f'{name} is stopped' if parked else f'no {name}'}, seen {timestamp(now)}"
@@ -96,7 +103,8 @@ def end_of(backend: Backend, bucket: Bucket, order: Order, attempt: int, *, grac
     machine that nobody saw end has not outlived the provider's own limit.
     """
     patience = Patience(grace, order.limits["stop"])
-    ended = see_ended(backend, f"{order.run}-{attempt}", patience, layer="sweep")
+    clock = partial(time_of, bucket)
+    ended = see_ended(backend, f"{order.run}-{attempt}", patience, layer="sweep", clock=clock)
     if ended.started is None:
         ended = ended._replace(ended=min(ended.ended, seconds_of(order.ends_by)))
     with suppress(BucketError):

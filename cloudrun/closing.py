@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from cloudrun.config import Settings
 from cloudrun.errors import UNKNOWN, BucketError, CloudrunError, Interrupted, UsageError
 from cloudrun.formats import shown
-from cloudrun.order import Order
+from cloudrun.order import Order, time_of
 from cloudrun.pull import Pulled, pull
 from cloudrun.receipt import Outcome
 from cloudrun.report import human_bytes, human_money, human_seconds
@@ -107,8 +107,9 @@ def dry_run_lines(client: Client, settings: Settings, wanted: Wanted) -> Iterato
     check_price(settings, dearest(offers))
     prepared = prepare(settings, bucket)
     work = prepared.plan
-    order = make_order("dry-run", settings, wanted, dearest(offers), work, "0" * 64, "0" * 64)
-    check_time(order, offers)
+    nothing, now = "0" * 64, time_of(bucket)
+    order = make_order("dry-run", settings, wanted, dearest(offers), work, nothing, nothing, created=now)
+    check_time(bucket, order, offers)
     yield f"to {bucket.url}/{settings.project}:"
     for item, line in zip(work.found, work.lines, strict=True):
         mark = "send" if line is None else "have"

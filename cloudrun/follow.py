@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cloudrun.errors import UNKNOWN, BucketError, CloudrunError, Conflict, Corrupt, Missing
 from cloudrun.formats import canonical, parse, seconds_of
-from cloudrun.order import Order
+from cloudrun.order import Order, time_of
 from cloudrun.output import Output
 from cloudrun.receipt import Outcome, billed_outcome, outcome_of, read_receipt, user_code
 from cloudrun.report import human_money, human_seconds
@@ -50,13 +50,13 @@ class Seen:
             return None
         return self.self_end if self.how in ENDING else 0.0
 
-    def outcome(self, order: Order) -> Outcome:
-        """What it means for the run, if there is no receipt."""
+    def outcome(self, order: Order, left: float) -> Outcome:
+        """What it means for the run, if there is no receipt, and so many seconds before its deadline."""
         if self.how == "now":
             return Outcome("stopped", user_code(self.by), "ended by the user, at once")
         if self.how == "preempted":
             return Outcome("preempted", UNKNOWN, "the machine was taken away; run it again to go on")
-        late = self.how == "shutdown" and order.left() <= 0
+        late = self.how == "shutdown" and left <= 0
         if late or self.how == "overdue" or "guard: the deadline was reached" in self.console:
             return Outcome(order.limited_by, 124, "ended at the deadline, by the guard, the provider or us")
         if self.how == "shutdown":
@@ -92,7 +92,7 @@ def conclude(bucket: Bucket, order: Order, seen: Seen, bill: dict[str, Any] | No
     except BucketError as error:
         if seen.how != "now":
             return Outcome("lost", UNKNOWN, f"outcome unknown ({error})")
-    return billed_outcome(bill) if bill else seen.outcome(order)
+    return billed_outcome(bill) if bill else seen.outcome(order, order.left(bucket))
 
 
 def follow(
@@ -121,8 +121,10 @@ class _Follower:
         self.output = Output(client.bucket, log, client.report, self.tick)
         self.begun = self.heard = time.monotonic()
         # Whatever the clock does later, and however long this computer sleeps. Of a run that another client
-        # started we know only what its machine says: our clock may be wrong.
-        self.end_at = since_boot() + order.left() + order.limits["provider"] if mine else float("inf")
+        # started we know only what its machine says: our clock may be wrong, and the bucket tell none.
+        self.end_at = (
+            since_boot() + order.left(client.bucket) + order.limits["provider"] if mine else float("inf")
+        )
         self.state: dict[str, Any] = {}
         self.asked: list[int] = []
         self.alive = self.complete = False
@@ -229,7 +231,7 @@ class _Follower:
         with suppress(CloudrunError):  # a provider that cannot be asked says nothing about the machine
             instance = self.client.backend.find(self.name)
             if instance and instance.ended is None and not self.mine:
-                late = time.time() - seconds_of(instance.deadline)
+                late = time_of(self.client.bucket) - seconds_of(instance.deadline)
                 if late > self.order.limits["provider"]:
                     return self._seen("overdue")
             if instance and instance.alive:

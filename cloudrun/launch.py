@@ -105,7 +105,7 @@ def start_and_follow(client: Client, settings: Settings, wanted: Wanted, options
     while True:
         order, offers = place_order(client, settings, wanted, queue=options["wait"])
         try:
-            check_time(order, offers)
+            check_time(client.bucket, order, offers)
             report.say(f"{offers[0].what}, {price_words(order)}")
             report.detail(f"run {order.run}, kept in {client.bucket.url}/{order.prefix}")
             outcome = execute(client, order, offers, detach=options["detach"])

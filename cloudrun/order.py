@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from cloudrun.config import DEFAULT_HOURS
 from cloudrun.errors import Corrupt
 from cloudrun.formats import canonical, parse, seconds_of, timestamp
+from cloudrun.storage import Bucket
 
 TEXTS = ("run", "project", "backend", "created", "deadline", "place", "limited_by", "if_client_lost")
 FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -67,9 +68,15 @@ class Order(NamedTuple):
         """When the machine is gone at the latest: the provider's own limit."""
         return timestamp(seconds_of(self.deadline) + self.limits["provider"])
 
-    def left(self) -> float:
-        """Seconds until the deadline, by this computer's clock."""
-        return seconds_of(self.deadline) - time.time()
+    def left(self, bucket: Bucket) -> float:
+        """Seconds until the deadline."""
+        return seconds_of(self.deadline) - time_of(bucket)
+
+
+def time_of(bucket: Bucket) -> float:
+    """Seconds since the epoch by the clock that client and machine share: this computer's may be wrong."""
+    there = bucket.time()
+    return time.time() if there is None else there
 
 
 def run_prefix(project: str, run: str) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from cloudrun.backends import Backend, Boot, Offer
 from cloudrun.bill import Ended, Patience, close, end_of, ends_of, see_ended
@@ -15,7 +15,7 @@ from cloudrun.config import USUAL, Bounds, Settings
 from cloudrun.errors import BucketError, CloudrunError, Conflict, Held, Interrupted, NoCapacity, UsageError
 from cloudrun.follow import Seen, conclude, follow, requested_end, since_boot
 from cloudrun.formats import canonical, timestamp
-from cloudrun.order import Order, deadline
+from cloudrun.order import Order, deadline, time_of
 from cloudrun.receipt import Outcome
 from cloudrun.report import Report
 from cloudrun.runs import last_attempt, read_bill
@@ -73,7 +73,7 @@ def execute(
     was followed. Either way nothing is left running that this client could end.
     """
     ends: list[Ended] = []
-    end_at = since_boot() + order.left()  # once: a clock that is changed later moves no deadline
+    end_at = since_boot() + order.left(client.bucket)  # once: a clock that is changed later moves no deadline
     while claim(client, order, attempt, offers[0]):
         machine = Lease(instance_name(order.run, attempt), end_at)
         try:
@@ -121,7 +121,7 @@ def see_through(client: Client, order: Order, *, mine: bool = False) -> Outcome:
             continue
         outcome = conclude(client.bucket, order, seen)
         taken = outcome.reason == "preempted"
-        others = other_offers(client, order, since_boot() + order.left()) if taken else []
+        others = other_offers(client, order, since_boot() + order.left(client.bucket)) if taken else []
         if others:
             client.signals.rearm()
             continued = execute(client, order, others, attempt + 1, mine=mine)
@@ -143,7 +143,7 @@ def lease(client: Client, order: Order, attempt: int, offers: list[Offer], machi
         try:
             client.report.stage("create")
             rent(client, order, attempt, offers, machine)
-            machine.created = time.time()
+            machine.created = time_of(client.bucket)
             client.report.stage("created")
             yield
         finally:
@@ -153,7 +153,8 @@ def lease(client: Client, order: Order, attempt: int, offers: list[Offer], machi
         if machine.grace is not None:
             doubtful = machine.created is None and not machine.none
             patience = Patience(machine.grace, order.limits["stop"], doubtful, machine.itself)
-            ended = see_ended(client.backend, machine.name, patience, layer="lease")
+            clock = partial(time_of, client.bucket)
+            ended = see_ended(client.backend, machine.name, patience, layer="lease", clock=clock)
             price = machine.offer.price if machine.offer and ended.price is None else ended.price
             started = ended.ended if machine.none else ended.started or machine.created
             machine.ended = ended._replace(started=started, price=price)
@@ -195,7 +196,7 @@ def claim(client: Client, order: Order, attempt: int, offer: Offer) -> bool:
         "instance": instance_name(order.run, attempt),
         "offer": offer.what,
         "price": offer.price,
-        "time": timestamp(time.time()),
+        "time": timestamp(time_of(client.bucket)),
     }
     try:
         client.bucket.create(f"{order.prefix}/attempts/{attempt}/claim.json", canonical(content))
@@ -270,9 +271,9 @@ def check_limits(settings: Settings, offers: list[Offer]) -> None:
     _check(seconds, least_seconds(seconds, settings.limits, offers), UsageError)
 
 
-def check_time(order: Order, offers: list[Offer]) -> None:
+def check_time(bucket: Bucket, order: Order, offers: list[Offer]) -> None:
     """Raises CloudrunError if sending has taken the time that the machine would need."""
-    _check(order.left(), least_seconds(order.seconds, order.limits, offers), CloudrunError)
+    _check(order.left(bucket), least_seconds(order.seconds, order.limits, offers), CloudrunError)
 
 
 def _check(left: float, least: float, kind: type[CloudrunError]) -> None:

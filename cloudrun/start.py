@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from cloudrun.config import Settings
 from cloudrun.errors import BucketError, UsageError
 from cloudrun.formats import canonical, timestamp
 from cloudrun.index import Index, index_path
-from cloudrun.order import Order, deadline, here, new_run_id, run_prefix
+from cloudrun.order import Order, deadline, here, new_run_id, run_prefix, time_of
 from cloudrun.project import DATA, Scan, returned, scan, summary
 from cloudrun.report import Report, human_bytes
 from cloudrun.send import Plan, plan, send
@@ -71,7 +70,8 @@ def store(
     sent = _send(prepared, settings, bucket, report)
     agent = agent_of(bucket, settings.project)
     report.stage("order")
-    run = new_run_id(settings.project, time.time())
+    now = time_of(bucket)
+    run = new_run_id(settings.project, now)
     prefix = run_prefix(settings.project, run)
     try:
         bucket.create(f"open/{run}", canonical({"run": run, "project": settings.project}))
@@ -79,7 +79,8 @@ def store(
         bucket.create(prefix + "/manifest.jsonl", _hashed(sent, digest))
         if wanted.env:
             bucket.create(prefix + "/env.json", canonical(wanted.env))
-        order = make_order(run, settings, wanted, price, sent, digest.hexdigest(), agent)
+        manifest = digest.hexdigest()
+        order = make_order(run, settings, wanted, price, sent, manifest, agent, created=now)
         bucket.create(prefix + "/order.json", order.content())
     except BaseException:
         with suppress(BucketError):  # what went wrong first is what the user should read
@@ -104,8 +105,9 @@ def make_order(
     sent: Plan,
     manifest: str,
     agent: str,
+    *,
+    created: float,
 ) -> Order:
-    created = time.time()
     late = settings.limits["provider"]
     until, seconds, limited_by = deadline(settings.max_hours, settings.max_cost, price, created, late)
     outputs = returned(wanted.outputs)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from cloudrun.backends import Backend, Instance
@@ -12,7 +12,7 @@ from cloudrun.errors import BucketError, CloudrunError, Corrupt, StillRunning
 from cloudrun.follow import Seen, conclude, how_of
 from cloudrun.formats import parse, seconds_of
 from cloudrun.limits import DEFAULTS
-from cloudrun.order import Order, run_prefix
+from cloudrun.order import Order, run_prefix, time_of
 from cloudrun.receipt import Outcome, read_receipt
 from cloudrun.report import Report
 from cloudrun.runs import attempt_object, last_attempt, load, open_runs, read_bill
@@ -50,14 +50,16 @@ def sweep(backend: Backend, bucket: Bucket, report: Report) -> None:
         raise StillRunning("\n".join(still))
 
 
-def overdue(instance: Instance, limits: dict[str, float], receipt: dict[str, Any] | None) -> tuple[str, str]:
+def overdue(
+    instance: Instance, limits: dict[str, float], receipt: dict[str, Any] | None, now: float
+) -> tuple[str, str]:
     """(as in Seen.how, why) of a machine that has to be ended by whoever sees it; empty if it need not be."""
     if not instance.alive:
         return "gone", "whose guard and agent are gone"
     with suppress(Corrupt):
-        if receipt and time.time() - seconds_of(receipt["ended"]) > 2 * limits["self_end"]:
+        if receipt and now - seconds_of(receipt["ended"]) > 2 * limits["self_end"]:
             return "finished", "which had finished, and did not end itself"
-        late = time.time() - seconds_of(instance.deadline)
+        late = now - seconds_of(instance.deadline)
         if late > limits["provider"]:
             return "overdue", f"{late / 60:.0f} min past its deadline"
     return "", ""
@@ -68,6 +70,7 @@ class _Visit:
 
     def __init__(self, backend: Backend, bucket: Bucket, report: Report, run: str) -> None:
         self.backend, self.bucket, self.report, self.run = backend, bucket, report, run
+        self.now = time_of(bucket)
         self.ended: dict[str, Ended] = {}
         self.console, self.how = "", "gone"
 
@@ -80,17 +83,23 @@ class _Visit:
             receipt = read_receipt(self.bucket, prefix) if order else None
         limits = {**DEFAULTS, **order.limits} if order else {**DEFAULTS, "provider": STRANGE_SECONDS}
         for instance in machines:
-            (how, why), name = overdue(instance, limits, receipt), instance.name
+            (how, why), name = overdue(instance, limits, receipt, self.now), instance.name
             if how and not self._is_by_hand(instance):
                 self.how = how
                 with suppress(CloudrunError):
                     self.console = self.backend.console(name)
-                self.ended[name] = see_ended(self.backend, name, Patience(0, limits["stop"]), layer="sweep")
+                self.ended[name] = see_ended(
+                    self.backend,
+                    name,
+                    Patience(0, limits["stop"]),
+                    layer="sweep",
+                    clock=partial(time_of, self.bucket),
+                )
                 self.report.warn(f"ended {name}, {why} ({self.ended[name].proof})")
         if len(self.ended) < len(machines) or not project:
             return
         if order is None:
-            if time.time() - _named(self.run) > QUIET_SECONDS:  # its client went before all was sent
+            if self.now - _named(self.run) > QUIET_SECONDS:  # its client went before all was sent
                 forget(self.bucket, prefix, self.run)
         elif order.backend == self.backend.name and order.place in ("", self.backend.place):
             self._close(order, receipt)
@@ -113,7 +122,7 @@ class _Visit:
         attempt = last_attempt(self.bucket, order)
         objects = (attempt_object(self.bucket, order, attempt, what) for what in ("claim", "state", "end"))
         times = [seconds_of(found["time"]) for found in objects if found and "time" in found]
-        silent = time.time() - max([_named(order.run), *times])
+        silent = self.now - max([_named(order.run), *times])
         if receipt or self.ended or silent > QUIET_SECONDS:
             outcome = self._outcome(order, attempt)
             grace = DEFAULTS["self_end"]

@@ -146,7 +146,7 @@ def test_bill_has_times_cost_layer_and_proof(make: Callable[..., World]) -> None
 
 
 def boot(world: World, order: Order, attempt: int) -> Boot:
-    machine = run.Lease(run.instance_name(order.run, attempt), since_boot() + order.left())
+    machine = run.Lease(run.instance_name(order.run, attempt), since_boot() + order.left(world.bucket))
     return run.boot_of(world.bucket, order, attempt, machine)
 
 

@@ -89,7 +89,10 @@ class Bucket(Protocol):
         """Absent is success."""
 
     def time(self) -> float | None:
-        """Seconds since the epoch by the service's own clock, when it last answered; None if it has none."""
+        """Seconds since the epoch by the service's own clock, as of its last answer or now.
+
+        None if it has none, or has not answered yet.
+        """
 
     def tidy(self) -> None:
         """Remove what killed writers left behind."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from email.utils import parsedate_to_datetime
 from io import BytesIO
 from typing import Any
 
@@ -51,7 +53,17 @@ class GcsBucket(GsBucket):
                 project=None, credentials=credentials or account.credentials(os.environ, endpoint)
             )
             _widen(self._client._http, 2 * self.workers)
+        self._booted: float | None = None  # when this computer was booted, by the service's clock
+        self._client._http.hooks["response"].append(self._hear)
         self._bucket = self._client.bucket(self.bucket)
+
+    def time(self) -> float | None:
+        return None if self._booted is None else self._booted + _since_boot()
+
+    def _hear(self, answer: Any, **_: object) -> None:
+        """What time it is there, as every answer says."""
+        with suppress(TypeError, ValueError):  # something between may have left it out
+            self._booted = parsedate_to_datetime(answer.headers.get("Date")).timestamp() - _since_boot()
 
     def _find(self, path: str) -> Found | None:
         blob = self._blob(path)
@@ -188,6 +200,10 @@ class _File:
             self._rest = self._rest[left:]
         self._at += found.tell()
         return found.getvalue()
+
+
+def _since_boot() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)  # which nobody can set
 
 
 def _widen(session: Any, connections: int) -> None:

@@ -186,6 +186,28 @@ def test_a_run_costs_what_was_said_to_who_started_it(gcp, ended_by):
     assert bill["cost"] == pytest.approx(max(bill["seconds"], 60) * 6 / 3600, abs=1e-5)
 
 
+@pytest.mark.parametrize("ahead", [-7200, 7200])
+def test_a_client_with_a_wrong_clock_gives_a_run_the_time_that_was_asked_for(gcp, ahead):
+    """And its bill the seconds that Google counts, though the end of the machine was seen by that clock."""
+    gcp.main(POLITE)
+    client = gcp.start(hours(15), "main.py", **gcp.other_clock(ahead))
+    assert client.wait(60) == 124, gcp.err(client)
+    assert gcp.ended(2)["reason"] == "deadline" and gcp.local("model/last") == "SIGINT"
+    assert gcp.object("receipt.json")["seconds"] > 5
+
+
+@pytest.mark.parametrize("ahead", [-7200, 7200])
+def test_a_wrong_clock_of_who_looks_ends_no_run_and_lets_none_live_on(gcp, ahead):
+    gcp.main(SLEEP)
+    lose(gcp.running(hours(20), "main.py", limit_provider=1.0))
+    assert gcp.run("ps", **gcp.other_clock(ahead)) == 0
+    assert gcp.meter.members, "it goes on"
+    signal_all(gcp.role("guard") + gcp.role("agent") + gcp.role("program"), signal.SIGSTOP)
+    waiting = gcp.start("wait", **gcp.other_clock(ahead))
+    assert waiting.wait(60) == 124, gcp.err(waiting)
+    assert gcp.ended(2)["layer"] == "sweep"
+
+
 def test_the_provider_ends_what_nobody_else_ends(gcp):
     """Client gone, guard and agent stopped: Google's own limit, a minute after the deadline."""
     gcp.main(SLEEP)

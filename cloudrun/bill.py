@@ -59,7 +59,7 @@ def see_ended(
     Raises StillRunning, with what to do by hand, if that cannot be seen in time.
     """
     began, last, errors, stopped, certain = time.monotonic(), None, [], False, not patience.doubtful
-    appears = began + (backend.appears_within if patience.doubtful else 0.0)
+    appears = began + (backend.appears_within if patience.doubtful else backend.pace)  # two looks at least
     while True:
         try:
             instance = backend.find(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 from cloud import errors as cloud_errors
 from cloud.compute import Cloud
-from cloud.faults import Answer, LostReply, LostRequest, Slow
+from cloud.faults import Answer, Empty, LostReply, LostRequest, Slow, Stale
 from cloud.project import Timing
+from cloud.server import json_reply
 from contracts.backend import RUNS, BackendContract, Rig
 from gce import need_client
 
@@ -308,6 +310,39 @@ def test_a_price_that_is_no_number_is_what_is_known(cloud: Cloud) -> None:
     found = rig.backend.find(name)
     assert found and found.price == known
     ended(rig, name)
+
+
+class Unreachable:
+    """A list that has nothing of one zone, and says so at the end only."""
+
+    def around(self, faults: Any, request: Any, perform: Callable[[], Any]) -> Any:
+        found = json.loads(perform().body)
+        found["items"]["zones/us-central1-a"] = {}
+        return json_reply({**found, "unreachables": ["zones/us-central1-a"]})
+
+
+def test_a_list_that_is_not_whole_is_no_list(cloud: Cloud) -> None:
+    rig = GcpRig(cloud)
+    name = rig.create()
+    cloud.faults.on("instances.aggregatedList", Unreachable(), times=2)
+    for ask in (rig.client().all, lambda: rig.client().find(name)):
+        with pytest.raises(CloudrunError, match="zones/us-central1-a cannot be listed now"):
+            ask()
+    assert [found.name for found in rig.client().all()] == [name]
+    ended(rig, name)
+
+
+@pytest.mark.parametrize("effect", [Empty(), Stale()])
+def test_a_list_that_is_late_hides_no_machine_and_invents_none(cloud: Cloud, effect: Any) -> None:
+    rig = GcpRig(cloud)
+    name = rig.create()
+    assert rig.client().find(name)
+    cloud.faults.on("instances.aggregatedList", effect, times=None)
+    end = see_ended(rig.client(), name, Patience(0, 20), layer="sweep")
+    assert cloud.meter.running() == cloud.meter.disks() == []
+    assert end.started is not None
+    end = see_ended(rig.client(), name, Patience(0, 20), layer="sweep")
+    assert f"no {name}" in end.proof
 
 
 def test_labels_of_somebody_else_authorise_nothing(cloud: Cloud) -> None:

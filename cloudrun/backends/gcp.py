@@ -374,19 +374,14 @@ class GcpBackend:
     def _found(self, name: str) -> tuple[str, Any] | None:
         """The machine of an attempt, by its labels: its name may be that of another run's by now."""
         run, _, attempt = name.rpartition("-")
-        zone = self._zones.get(name)
-        if zone:
-            try:
-                vm = self._compute.call(
-                    "Instances", "get", zone=zone, instance=self._wanted.vm or gce_name(name)
-                )
-            except ApiError as error:
-                if error.code != 404:
-                    raise
-                return None
-            found = [(zone, vm)]
-        else:
+        made = self._wanted.vm or gce_name(name)
+        if name in self._zones:
+            found = self._compute.named([self._zones[name]], made)
+        elif name in self._seen:
+            found = self._compute.named([self._seen[name][0]], self._seen[name][1])
+        else:  # a list may not have it yet, or not have it once: what has no such name is not there
             found = self._compute.listed(f"labels.{RUN}={run} AND labels.{ATTEMPT}={attempt}")
+            found = found or self._compute.named(self._wanted.zones, made)
         mine = [
             (zone, vm) for zone, vm in found if (vm.labels.get(RUN), vm.labels.get(ATTEMPT)) == (run, attempt)
         ]

@@ -106,12 +106,27 @@ class Compute:
             raise _failed(errors[0].code, errors[0].message, zone, operation.http_error_status_code)
 
     def listed(self, text: str) -> list[tuple[str, Any]]:
-        """(zone, instance) of all instances that this filter lets through."""
-        zones = self._every(self.call("Instances", "aggregated_list", filter=text))
-        for place, found in zones:
-            if found.warning.code not in ("", "NO_RESULTS_ON_PAGE"):
-                raise ApiError(f"{place} cannot be listed now: {found.warning.message}")
-        return [(place.rpartition("/")[2], vm) for place, found in zones for vm in found.instances]
+        """(zone, instance) of all instances that this filter lets through; it may be some seconds old."""
+        found = []
+        for page in self._every(self.call("Instances", "aggregated_list", filter=text).pages):
+            if page.unreachables:  # what is there is left out, and nothing else says so
+                raise ApiError(f"{', '.join(page.unreachables)} cannot be listed now")
+            for place, here in page.items.items():
+                if here.warning.code not in ("", "NO_RESULTS_ON_PAGE"):
+                    raise ApiError(f"{place} cannot be listed now: {here.warning.message}")
+                found += [(place.rpartition("/")[2], vm) for vm in here.instances]
+        return found
+
+    def named(self, zones: list[str], name: str) -> list[tuple[str, Any]]:
+        """(zone, instance) of the instances of this name, as they are now."""
+        found = []
+        for zone in zones:
+            try:
+                found.append((zone, self.call("Instances", "get", zone=zone, instance=name)))
+            except ApiError as error:
+                if error.code != 404:
+                    raise
+        return found
 
     def operations(self, zone: str, kind: str) -> list[Any]:
         """What happened in a zone, Google's own doing among it; it is forgotten after about two weeks."""

@@ -6,10 +6,10 @@ import threading
 
 import pytest
 from cloud.errors import bad_request
-from cloud.faults import Answer
+from cloud.faults import Answer, Empty
 from gce import Gce
 from machine import signal_all, wait_until
-from test_ends import POLITE, RESUMED, SLEEP, WORK, hours, lose
+from test_ends import POLITE, RESUMED, SLEEP, UNTIL_STOPPED, WORK, hours, lose
 
 VM = {"VM_INSTANCE": "my-vm", "VM_SPOT": "0"}
 
@@ -205,6 +205,17 @@ def test_a_wrong_clock_of_who_looks_ends_no_run_and_lets_none_live_on(gcp, ahead
     signal_all(gcp.role("guard") + gcp.role("agent") + gcp.role("program"), signal.SIGSTOP)
     waiting = gcp.start("wait", **gcp.other_clock(ahead))
     assert waiting.wait(60) == 124, gcp.err(waiting)
+    assert gcp.ended(2)["layer"] == "sweep"
+
+
+def test_a_list_without_a_machine_that_runs_closes_no_bill_before_it_has_ended(gcp):
+    """It has a receipt and hangs; Google's lists do not have it, and whoever asks by its name finds it."""
+    gcp.main(UNTIL_STOPPED)
+    lose(gcp.running("main.py"))
+    signal_all(gcp.role("guard"), signal.SIGSTOP)
+    gcp.wait_for("receipt.json")
+    gcp.place.cloud.faults.on("instances.aggregatedList", Empty(), times=None)
+    assert gcp.run("ps") == 0
     assert gcp.ended(2)["layer"] == "sweep"
 
 

@@ -143,12 +143,19 @@ COMMANDS: dict[str, tuple[str, list[click.Parameter]]] = {
     "wait": ("Wait for a run's end; exit with its exit code.", [AS_JSON]),
     "stop": (
         "End a run, save its outputs, see its machine ended.",
-        [flag("--now", help="End the machine at once; what was saved so far stays.")],
+        [
+            flag("--now", help="End the machine at once; what was saved so far stays."),
+            flag("-a", "--all", "every", help="All runs whose bill is open."),
+        ],
+    ),
+    "gc": (
+        "End what is overdue, close what is over; silent if there is nothing to do, for cron.",
+        [flag("-n", "--dry-run", "dry_run", help="Say what there is to do, and do nothing.")],
     ),
     "pull": ("Bring a run's outputs, or its last save, home.", []),
 }
 for name, (words, params) in COMMANDS.items():
-    run = [] if name == "ps" else [click.Argument(["run"], required=False)]
+    run = [] if name in ("ps", "gc") else [click.Argument(["run"], required=False)]
     quiet = flag("-q", "--quiet", help="Say only what is wrong.")
     cli.add_command(Command(name, params=[*run, *params, quiet], help=words, short_help=words))
 cli.add_command(

@@ -1,4 +1,4 @@
-"""The commands for runs that outlive their client: ps, logs, wait, stop, pull."""
+"""The commands for runs that outlive their client: ps, logs, wait, stop, pull, gc."""
 
 from __future__ import annotations
 
@@ -6,27 +6,31 @@ import itertools
 import json
 import os
 import time
+from dataclasses import replace
 
 from cloudrun import follow as following
 from cloudrun import pull as pulling
+from cloudrun.backends import Backend
 from cloudrun.bill import close, end_of
 from cloudrun.closing import counted, last_line, say_pulled
 from cloudrun.config import Settings
-from cloudrun.errors import FAILED, CloudrunError, UsageError
+from cloudrun.errors import FAILED, STILL_BILLED, UNKNOWN, USAGE, CloudrunError, UsageError
 from cloudrun.follow import NOW, request_end
 from cloudrun.listing import backends_of, look, rows, table
 from cloudrun.order import Order, here
 from cloudrun.output import Output
 from cloudrun.receipt import Outcome, user_code
 from cloudrun.run import Client, see_through
-from cloudrun.runs import find_run, last_attempt, read_bill, record
+from cloudrun.runs import find_run, last_attempt, load, open_runs, read_bill, record
 from cloudrun.sweep import sweep
 
+URGENCY = (0, USAGE, UNKNOWN, FAILED, STILL_BILLED)  # of several exit codes the last of these
 
-def sweep_up(client: Client) -> int:
+
+def sweep_up(client: Client, *, dry_run: bool = False) -> int:
     """Every command first ends and closes what lost clients left. Returns an exit code, having said why."""
     try:
-        sweep(client.backend, client.bucket, client.report)
+        sweep(client.backend, client.bucket, client.report, dry_run=dry_run)
     except CloudrunError as error:
         client.report.error(str(error))
         return error.exit_code
@@ -48,7 +52,7 @@ def which(client: Client, settings: Settings, text: str | None, *, act: bool = F
 def ps(client: Client, settings: Settings, *, as_json: bool, history: bool = False) -> int:
     """A line for each open run and each machine without one, oldest first; `as_json`: one JSON array."""
     code = sweep_up(client)
-    sight = look(backends_of(settings, client.backend, os.environ, client.report), client.report)
+    sight = look(_backends(client, settings), client.report)
     records = rows(client.bucket, sight, client.report, history=history)
     for line in [json.dumps(records, indent=1)] if as_json else table(records):
         print(line)
@@ -95,13 +99,22 @@ def wait(client: Client, settings: Settings, run: str | None, *, as_json: bool) 
     return outcome.exit_code
 
 
-def stop(client: Client, settings: Settings, run: str | None, *, now: bool) -> int:
-    """End a run and see its machine ended. Raises StillRunning."""
+def stop(client: Client, settings: Settings, run: str | None, *, now: bool, every: bool = False) -> int:
+    """End a run, or all open ones, and see the machines ended. Raises StillRunning."""
+    if every and run:
+        raise UsageError("--all ends every run: name none")
+    if every:
+        return _stop_all(client, settings, now)
     order = which(client, settings, run, act=True)
     if read_bill(client.bucket, order):
         client.report.say(f"{order.run} has ended already")
         return 0
     request_end(client.bucket, order.prefix, NOW if now else 1, "stop")
+    _see_stopped(client, order, now)
+    return 0
+
+
+def _see_stopped(client: Client, order: Order, now: bool) -> None:
     attempt = last_attempt(client.bucket, order)
     outcome = Outcome("stopped", user_code("SIGINT"), "stopped before it started")
     if attempt or not close(client.bucket, order, [], outcome.reason, outcome.exit_code):
@@ -109,7 +122,36 @@ def stop(client: Client, settings: Settings, run: str | None, *, now: bool) -> i
             end_of(client.backend, client.bucket, order, attempt, grace=0.0)
         outcome = see_through(client, order)
     client.report.say(last_line(client.bucket, order, outcome))
-    return 0
+
+
+def _stop_all(client: Client, settings: Settings, now: bool) -> int:
+    """Every run is asked first, so that they end side by side; what goes wrong with one stops no other."""
+    sweep_up(client)
+    backends = {each.place: each for each in _backends(client, settings)}
+    orders = [load(client.bucket, *found) for found in open_runs(client.bucket)]
+    for order in orders:
+        request_end(client.bucket, order.prefix, NOW if now else 1, "stop")
+    code = 0
+    for order in orders:
+        try:
+            if order.place not in backends:
+                raise CloudrunError(f"its machine is in {order.place}, which cannot be seen from here")
+            client.report.say(order.run)
+            _see_stopped(replace(client, backend=backends[order.place]), order, now)
+        except CloudrunError as error:
+            client.report.error(f"{order.run}: {error}")
+            code = max(code, error.exit_code, key=URGENCY.index)
+    return code
+
+
+def gc(client: Client, settings: Settings, *, dry_run: bool) -> int:
+    """Sweep every backend that has its settings: made for cron, silent when there is nothing to do."""
+    clients = [replace(client, backend=backend) for backend in _backends(client, settings)]
+    return max((sweep_up(each, dry_run=dry_run) for each in clients), key=URGENCY.index)
+
+
+def _backends(client: Client, settings: Settings) -> list[Backend]:
+    return backends_of(settings, client.backend, os.environ, client.report)
 
 
 def pull(client: Client, settings: Settings, run: str | None) -> int:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from cloudrun.backends import Backend, Instance
+from cloudrun.background import side_by_side
 from cloudrun.bill import Ended, Patience, close, ends_of, forget, see_ended
 from cloudrun.errors import BucketError, CloudrunError, Corrupt, StillRunning
 from cloudrun.follow import Seen, conclude, how_of
@@ -22,32 +23,36 @@ STRANGE_SECONDS = 3600.0  # past its deadline: a machine of which only this comp
 QUIET_SECONDS = 600.0  # a run without a machine may belong to a client that is just sending or creating
 
 
-def sweep(backend: Backend, bucket: Bucket, report: Report) -> None:
+def sweep(backend: Backend, bucket: Bucket, report: Report, *, dry_run: bool = False) -> None:
     """End machines that nobody will end, then close the bills of runs whose machines are gone.
 
     What goes wrong with one of them keeps nobody from the next one. Raises StillRunning at the end, for
-    what could not be ended.
+    what could not be ended. `dry_run`: say what there is to do, and do nothing.
     """
     machines: dict[str, list[Instance]] = {}
     for instance in backend.all():
         if instance.billed:  # what is parked has been seen to the end
             machines.setdefault(instance.run, []).append(instance)
     runs: dict[str, str] = {}
-    still: list[str] = []
     try:
         runs = {run: project for project, run in open_runs(bucket)}
     except CloudrunError as error:  # what is overdue has to end even if the bucket is out of reach
         report.warn(str(error))
-    for run in sorted({*runs, *machines}):
+
+    def visit(run: str) -> str:
         try:
-            _Visit(backend, bucket, report, run).pay(runs.get(run), machines.get(run, []))
+            _Visit(backend, bucket, report, run, dry_run).pay(runs.get(run), machines.get(run, []))
         except StillRunning as error:
-            still.append(str(error))
+            return str(error)
         except Exception as error:  # an order of another version, say: it must not hide the next machine
             report.warn(f"{run}: {error}")
-    bucket.tidy()
-    if still:
-        raise StillRunning("\n".join(still))
+        return ""
+
+    still = side_by_side(visit, sorted({*runs, *machines}), 2 * bucket.workers)
+    if not dry_run:
+        bucket.tidy()
+    if any(still):
+        raise StillRunning("\n".join(filter(None, still)))
 
 
 def overdue(
@@ -68,8 +73,9 @@ def overdue(
 class _Visit:
     """One run, looked after."""
 
-    def __init__(self, backend: Backend, bucket: Bucket, report: Report, run: str) -> None:
+    def __init__(self, backend: Backend, bucket: Bucket, report: Report, run: str, dry_run: bool) -> None:
         self.backend, self.bucket, self.report, self.run = backend, bucket, report, run
+        self.dry_run = dry_run
         self.now = time_of(bucket)
         self.ended: dict[str, Ended] = {}
         self.console, self.how = "", "gone"
@@ -83,26 +89,32 @@ class _Visit:
             receipt = read_receipt(self.bucket, prefix) if order else None
         limits = {**DEFAULTS, **order.limits} if order else {**DEFAULTS, "provider": STRANGE_SECONDS}
         for instance in machines:
-            (how, why), name = overdue(instance, limits, receipt, self.now), instance.name
+            how, why = overdue(instance, limits, receipt, self.now)
             if how and not self._is_by_hand(instance):
-                self.how = how
-                with suppress(CloudrunError):
-                    self.console = self.backend.console(name)
-                self.ended[name] = see_ended(
-                    self.backend,
-                    name,
-                    Patience(0, limits["stop"]),
-                    layer="sweep",
-                    clock=partial(time_of, self.bucket),
-                )
-                self.report.warn(f"ended {name}, {why} ({self.ended[name].proof})")
+                self._end(instance.name, how, why, limits["stop"])
         if len(self.ended) < len(machines) or not project:
             return
         if order is None:
-            if self.now - _named(self.run) > QUIET_SECONDS:  # its client went before all was sent
-                forget(self.bucket, prefix, self.run)
+            if self.now - _named(self.run) > QUIET_SECONDS and not self._only_say("forget"):
+                forget(self.bucket, prefix, self.run)  # its client went before all was sent
         elif order.backend == self.backend.name and order.place in ("", self.backend.place):
             self._close(order, receipt)
+
+    def _only_say(self, what: str) -> bool:
+        if self.dry_run:
+            self.report.say(f"would {what} {self.run}")
+        return self.dry_run
+
+    def _end(self, name: str, how: str, why: str, patience: float) -> None:
+        if self.dry_run:
+            self.report.say(f"would end {name}, {why}")
+            return
+        self.how = how
+        with suppress(CloudrunError):
+            self.console = self.backend.console(name)
+        clock = partial(time_of, self.bucket)
+        self.ended[name] = see_ended(self.backend, name, Patience(0, patience), layer="sweep", clock=clock)
+        self.report.warn(f"ended {name}, {why} ({self.ended[name].proof})")
 
     def _is_by_hand(self, instance: Instance) -> bool:
         """Whether a person started a machine that is kept, for something else than its last run."""
@@ -117,13 +129,15 @@ class _Visit:
     def _close(self, order: Order, receipt: dict[str, Any] | None) -> None:
         """The bill of a run without a machine, unless there may still be a client."""
         if read_bill(self.bucket, order):
-            forget(self.bucket, order.prefix, order.run)
+            if not self._only_say("forget"):
+                forget(self.bucket, order.prefix, order.run)
             return
         attempt = last_attempt(self.bucket, order)
         objects = (attempt_object(self.bucket, order, attempt, what) for what in ("claim", "state", "end"))
         times = [seconds_of(found["time"]) for found in objects if found and "time" in found]
         silent = self.now - max([_named(order.run), *times])
-        if receipt or self.ended or silent > QUIET_SECONDS:
+        over = receipt or self.ended or silent > QUIET_SECONDS
+        if over and not self._only_say("close the bill of"):
             outcome = self._outcome(order, attempt)
             grace = DEFAULTS["self_end"]
             ends = ends_of(self.backend, self.bucket, order, self.ended.values(), grace=grace)

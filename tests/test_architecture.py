@@ -75,7 +75,7 @@ CATCH_ALL = {
     "guard.py: main",  # the machine has to end, whatever it is
     "doctor/__init__.py: _work",  # a check that breaks must not hide the others
     "background.py: _run",  # an error of a thread is kept for who waits for it
-    "sweep.py: sweep",  # one damaged run must not hide the next machine
+    "sweep.py: visit",  # one damaged run must not hide the next machine
     "bill.py: see_ended",  # the undo step: nothing may keep it from trying again
 }
 

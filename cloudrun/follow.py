@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 0.5  # between two looks at the machine, and two tries at a bucket that is out of reach
 LAST_WORDS_SECONDS = 0.5  # in which the bucket may show what a machine wrote just before it went
 NOW = 2
+REFUSED = ": the machine's service account may not read the bucket, cloudrun doctor says what allows it"
 ENDING = ("finished", "preempted", "shutdown", "gone")  # the machine is about to end itself, or has
 
 
@@ -77,7 +78,7 @@ def how_of(end: dict[str, Any]) -> str:
 def fatal_lines(console: str) -> list[str]:
     """`<instance> <words>`: what guard or agent could not work without."""
     lines = (line.partition("CLOUDRUN-FATAL ")[2] for line in console.splitlines())
-    return [line for line in lines if line]
+    return [line + REFUSED * ("HTTP Error 403" in line) for line in lines if line]
 
 
 def conclude(bucket: Bucket, order: Order, seen: Seen, bill: dict[str, Any] | None = None) -> Outcome:

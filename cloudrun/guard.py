@@ -170,7 +170,8 @@ def end_gcp(why, started):
     """The end of a virtual machine: power off, without waiting for any service or for a disk that hangs."""
     child, until = os.posix_spawnp("sync", ["sync"], os.environ), now() + 5
     try:
-        while now() < until and os.waitpid(child, os.WNOHANG) == (0, 0):
+        # What went wrong stands on a console that only a machine which is on shows.
+        while now() < until and ("FATAL" in why or os.waitpid(child, os.WNOHANG) == (0, 0)):
             time.sleep(0.01)
     except ChildProcessError:
         pass  # synced; the kernel has collected it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 
 TYPE_CHECKING = False
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 METADATA_SECONDS = 3.0
+CONSOLE_SECONDS = 5.0  # two looks of a client
 DRIVER_SECONDS = 60.0  # the first call of nvidia-smi loads the driver
 
 
@@ -53,6 +55,12 @@ def driver_trouble(boot: Mapping[str, Any]) -> str:
             f"{found} of {wanted} GPUs can be used: nvidia-smi says {said!r}; choose another image (VM_IMAGE)"
         )
     return ""
+
+
+def let_read(boot: Mapping[str, Any]) -> None:
+    """Of a virtual machine that is off nobody can read the console."""
+    if boot["backend"] == "gcp":
+        time.sleep(CONSOLE_SECONDS)
 
 
 def power_off(boot: Mapping[str, Any]) -> None:

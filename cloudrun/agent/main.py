@@ -13,7 +13,7 @@ from functools import partial
 
 from cloudrun.agent.fetch import Fetch
 from cloudrun.agent.log import Log
-from cloudrun.agent.machine import driver_trouble, identity, power_off
+from cloudrun.agent.machine import driver_trouble, identity, let_read, power_off
 from cloudrun.agent.program import Program, steps
 from cloudrun.agent.save import Saver
 from cloudrun.agent.watch import Task, Watch, insist, now, said, stamp
@@ -51,6 +51,7 @@ def main() -> None:
             last_word = b"H"  # a person started this machine by hand, for something else
     except Exception as error:
         print(f"CLOUDRUN-FATAL {boot['instance']} {said(error)}", flush=True)
+        let_read(boot)
     finally:
         try:
             os.write(int(os.environ["CLOUDRUN_GUARD"]), last_word)

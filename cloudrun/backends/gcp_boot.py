@@ -17,9 +17,9 @@ GUARD = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPT = """#!/bin/sh
 # cloudrun: runs the guard of {instance}, which ends this machine.
 export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
-end() {{ echo "CLOUDRUN-FATAL {instance} $1"; poweroff; sleep 60; exit 1; }}
+end() {{ echo "CLOUDRUN-FATAL {instance} $1"; sleep {seconds}; poweroff; sleep 60; exit 1; }}
 systemctl is-active --quiet cloudrun-guard 2>/dev/null && exit 0
-command -v python3 >/dev/null || end "this image has no python3"
+command -v python3 >/dev/null || end "this image has no python3: choose another one (VM_IMAGE)"
 rm -rf /var/lib/cloudrun && mkdir -p -m 700 {folder} && cd {folder} || end "the disk cannot be written"
 cat >guard.py <<'END-OF-GUARD' || end "the disk cannot be written"
 {guard}
@@ -28,10 +28,17 @@ export CLOUDRUN_BOOT={boot} CLOUDRUN_ROLE=guard {environ}
 if [ -d /run/systemd/system ]; then
     systemd-run --quiet --unit=cloudrun-guard --collect --working-directory={folder} \\
         -p KillMode=mixed -p TimeoutStopSec=25 -p OOMScoreAdjust=-1000 -p StandardOutput=journal+console \\
-        {setenv} python3 -I -S guard.py && exit 0
+        -p OOMPolicy=continue -p {stop_post} {setenv} python3 -I -S guard.py && exit 0
 fi
-exec python3 -I -S guard.py
+python3 -I -S guard.py && exit 0
+# Its agent saves, and ends the machine. When that is gone as well, nobody else is left.
+while grep -qs CLOUDRUN_ROLE=agent /proc/[0-9]*/environ; do sleep 1; done
+poweroff -f
 """
+# Of a guard that was killed or has crashed: with it systemd has killed all that was below it. One that ends
+# the machine itself never comes so far. $$ is a $ for the shell.
+STOP_POST = "ExecStopPost=/bin/sh -c '[ $$SERVICE_RESULT = success ] || poweroff -f'"
+CONSOLE_SECONDS = 5  # two looks of a client: of a machine that is off nobody can read the console
 
 
 def startup_script(payload: Mapping[str, Any], environ: Mapping[str, str]) -> str:
@@ -43,6 +50,8 @@ def startup_script(payload: Mapping[str, Any], environ: Mapping[str, str]) -> st
         instance=payload["instance"],
         folder=shlex.quote(f"/var/lib/cloudrun/{payload['instance']}"),
         guard=guard.rstrip(),
+        seconds=CONSOLE_SECONDS,
+        stop_post=shlex.quote(STOP_POST),
         boot=shlex.quote(json.dumps(payload)),
         environ=" ".join(f"{name}={shlex.quote(value)}" for name, value in passed.items()),
         setenv=" ".join(

@@ -115,6 +115,7 @@ class Faults:
     stuck: set[str] = field(default_factory=set)  # instances that stay STOPPING, and are billed
     offline: set[str] = field(default_factory=set)  # instances whose every connection breaks
     isolated: set[str] = field(default_factory=set)  # instances that boot without any network
+    lacking: set[str] = field(default_factory=set)  # what images do not have: systemd, python3
     denied: set[tuple[str, str]] = field(default_factory=set)  # (principal or *, permission)
     disabled: set[str] = field(default_factory=set)  # APIs, compute.googleapis.com
     anonymous: bool = True  # requests without a token are let in
@@ -140,7 +141,7 @@ class Faults:
         """Everything works again."""
         self.rules.clear()
         self.appear_after.clear()
-        for each in (self.stuck, self.offline, self.isolated, self.denied, self.disabled):
+        for each in (self.stuck, self.offline, self.isolated, self.lacking, self.denied, self.disabled):
             each.clear()
 
     def answer(self, request: Any, perform: Callable[[], Reply]) -> Reply:

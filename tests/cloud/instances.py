@@ -164,6 +164,7 @@ class Instance:
             {"GCE_METADATA_HOST": host, "GCE_METADATA_IP": host, **project.guest_environ},
             project.timing.guest_stop,
             network=self.name not in project.faults.isolated,
+            lacks=tuple(project.faults.lacking),
         )
         self.machine = Machine(self._folder, self.disk.folder, hardware, self._machine_ended)
         project.started(self.machine)

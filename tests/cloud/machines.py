@@ -40,6 +40,7 @@ class Hardware(NamedTuple):
     guest_stop: float  # how long the guest waits at its own shutdown before it kills (systemd: 90 s)
     network: bool = True
     container: dict[str, Any] | None = None  # what guest/docker_init.py is to run, in place of a whole system
+    lacks: tuple[str, ...] = ()  # systemd, python3
 
 
 def search_path() -> str:
@@ -92,6 +93,7 @@ class Machine:
             "guest_stop": self.hardware.guest_stop,
             "environ": self.hardware.environ,
             "no_network": not self.hardware.network,
+            "lacks": self.hardware.lacks,
             "path": search_path(),
             "container": self.hardware.container,
             "console": console,

@@ -195,26 +195,26 @@ def test_the_agent_dies_without_a_client(machinery):
     assert machinery.run("pull") == 0 and machinery.local("model/first") == "first"
 
 
-def test_the_guard_dies(machinery):
+def test_the_guard_dies(here):
     """The agent notices at once, and saves."""
-    machinery.main(POLITE)
-    client = machinery.running("main.py")
-    signal_all(machinery.role("guard"), signal.SIGKILL)
+    here.main(POLITE)
+    client = here.running("main.py")
+    signal_all(here.role("guard"), signal.SIGKILL)
     assert client.wait(20) == 121
-    assert machinery.ended(3)["reason"] == "guard-lost"
-    assert machinery.local("model/last") == "SIGINT"
+    assert here.ended(3)["reason"] == "guard-lost"
+    assert here.local("model/last") == "SIGINT"
 
 
-def test_the_guard_dies_without_a_client(machinery):
+def test_the_guard_dies_without_a_client(here):
     """The agent saves, and ends the machine in its place."""
-    machinery.main(POLITE)
-    lose(machinery.running("main.py"))
-    signal_all(machinery.role("guard"), signal.SIGKILL)
-    assert machinery.wait_for("receipt.json")["reason"] == "guard-lost"
-    machinery.meter.wait_gone(8)
-    assert machinery.run("wait") == 121 and machinery.run("pull") == 0
-    machinery.ended(2)
-    assert machinery.local("model/last") == "SIGINT"
+    here.main(POLITE)
+    lose(here.running("main.py"))
+    signal_all(here.role("guard"), signal.SIGKILL)
+    assert here.wait_for("receipt.json")["reason"] == "guard-lost"
+    here.meter.wait_gone(8)
+    assert here.run("wait") == 121 and here.run("pull") == 0
+    here.ended(2)
+    assert here.local("model/last") == "SIGINT"
 
 
 def test_the_guard_hangs(machinery):

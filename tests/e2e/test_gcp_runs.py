@@ -219,6 +219,65 @@ def test_a_list_without_a_machine_that_runs_closes_no_bill_before_it_has_ended(g
     assert gcp.ended(2)["layer"] == "sweep"
 
 
+@pytest.mark.parametrize("roles", [["guard"], ["guard", "agent"]])
+def test_a_machine_whose_guard_is_killed_is_ended_by_systemd(gcp, roles):
+    """With the guard systemd kills all that was below it; what was saved stands. Nobody else is there."""
+    gcp.main(SLEEP)
+    client = gcp.running("main.py")
+    wait_until(lambda: gcp.saved("model/first"))
+    lose(client)
+    signal_all([pid for role in roles for pid in gcp.role(role)], signal.SIGKILL)
+    gcp.meter.wait_gone(10)
+    assert gcp.run("wait") == 121 and gcp.run("pull") == 0
+    assert gcp.ended(2)["layer"] == "guard" and gcp.local("model/first") == "first"
+
+
+def test_a_machine_without_systemd_whose_guard_and_agent_are_killed_is_ended_by_what_started_it(gcp):
+    gcp.place.cloud.faults.lacking.add("systemd")
+    gcp.main(SLEEP)
+    client = gcp.running("main.py")
+    wait_until(lambda: gcp.saved("model/first"))
+    lose(client)
+    signal_all(gcp.role("guard") + gcp.role("agent"), signal.SIGKILL)
+    gcp.meter.wait_gone(10)
+    assert gcp.run("wait") == 121 and gcp.run("pull") == 0
+    assert gcp.ended(2) and gcp.local("model/first") == "first"
+
+
+def test_a_machine_without_systemd_whose_guard_is_killed_is_saved_and_ended_by_its_agent(gcp):
+    gcp.place.cloud.faults.lacking.add("systemd")
+    gcp.main(POLITE)
+    lose(gcp.running("main.py"))
+    signal_all(gcp.role("guard"), signal.SIGKILL)
+    assert gcp.wait_for("receipt.json")["reason"] == "guard-lost"
+    gcp.meter.wait_gone(10)
+    assert gcp.run("wait") == 121 and gcp.run("pull") == 0
+    assert gcp.ended(2) and gcp.local("model/last") == "SIGINT"
+
+
+def test_an_image_without_python_is_said_with_what_to_do(gcp):
+    gcp.place.cloud.faults.lacking.add("python3")
+    gcp.main(WORK)
+    client = gcp.start("main.py")
+    assert client.wait(60) == 125
+    assert "main.py was not started: this image has no python3: choose another one (VM_IMAGE)" in gcp.err(
+        client
+    )
+    gcp.ended(2)
+
+
+def test_a_machine_that_may_not_read_the_bucket_is_said_with_what_to_do(gcp):
+    gcp.main(WORK)
+    gcp.place.storage.faults.add(
+        lambda call: call.kind == "read" and "/blobs/" in call.name, times=float("inf"), status=403
+    )
+    client = gcp.start("main.py")
+    assert client.wait(60) == 125
+    assert "main.py was not started: HTTP Error 403" in gcp.err(client)
+    assert "cloudrun doctor says what allows it" in gcp.err(client)
+    gcp.ended(2)
+
+
 def test_the_provider_ends_what_nobody_else_ends(gcp):
     """Client gone, guard and agent stopped: Google's own limit, a minute after the deadline."""
     gcp.main(SLEEP)

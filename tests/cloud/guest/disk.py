@@ -106,7 +106,16 @@ def install(hardware, config):
             shutil.copyfile(os.path.join(here, tool), hardware + path)
             os.chmod(hardware + path, 0o755)
         elif os.path.lexists(path):
-            os.mknod(hardware + path, 0o20000)  # device 0:0 is the overlay's word for "not there"
+            hide(hardware + path)
+    if "python3" in config["lacks"]:
+        for folder in {os.path.realpath(folder) for folder in config["path"].split(":")}:
+            if os.path.exists(f"{folder}/python3"):
+                os.makedirs(hardware + folder, exist_ok=True)
+                hide(f"{hardware}{folder}/python3")
+
+
+def hide(path):
+    os.mknod(path, 0o20000)  # device 0:0 is the overlay's word for "not there"
 
 
 def mount_devices(root, config):
@@ -126,7 +135,7 @@ def mount_devices(root, config):
     mount("devpts", os.path.join(at["dev"], "pts"), "devpts", NOSUID, "newinstance,ptmxmode=0666,mode=620")
     os.symlink("pts/ptmx", os.path.join(at["dev"], "ptmx"))
     os.mkfifo(os.path.join(at["dev"], "ttyS0"), 0o600)  # init reads it: the serial console
-    if not config["container"]:
+    if not config["container"] and "systemd" not in config["lacks"]:
         os.makedirs(os.path.join(at["run"], "systemd", "system"))  # what sd_booted(3) looks for
     shared = os.path.join(at["run"], "hardware")
     os.mkdir(shared)

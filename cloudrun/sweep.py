@@ -40,13 +40,7 @@ def sweep(backend: Backend, bucket: Bucket, report: Report, *, dry_run: bool = F
         report.warn(str(error))
 
     def visit(run: str) -> str:
-        try:
-            _Visit(backend, bucket, report, run, dry_run).pay(runs.get(run), machines.get(run, []))
-        except StillRunning as error:
-            return str(error)
-        except Exception as error:  # an order of another version, say: it must not hide the next machine
-            report.warn(f"{run}: {error}")
-        return ""
+        return _Visit(backend, bucket, report, run, dry_run).visit(runs.get(run), machines.get(run, []))
 
     still = side_by_side(visit, sorted({*runs, *machines}), 2 * bucket.workers)
     if not dry_run:
@@ -79,6 +73,16 @@ class _Visit:
         self.now = time_of(bucket)
         self.ended: dict[str, Ended] = {}
         self.console, self.how = "", "gone"
+
+    def visit(self, project: str | None, machines: list[Instance]) -> str:
+        """What could not be ended, in words."""
+        try:
+            self.pay(project, machines)
+        except StillRunning as error:
+            return str(error)
+        except Exception as error:  # an order of another version, say: it must not hide the next machine
+            self.report.warn(f"{self.run}: {error}")
+        return ""
 
     def pay(self, project: str | None, machines: list[Instance]) -> None:
         """Raises CloudrunError, StillRunning among them."""

@@ -192,7 +192,7 @@ class _Follower:
         if how not in ("finished", "detached"):
             with suppress(CloudrunError):
                 console = self.client.backend.console(self.name)
-        began = self.state.get("phase") in ("run", "save") or self.output.printed > 0
+        began = self.state.get("phase") in ("run", "save")  # what is printed before is pip's
         return Seen(how, receipt, self._by(), console, began, self.order.limits["self_end"])
 
     def _read(self, show: bool, detach: bool) -> Seen | None:

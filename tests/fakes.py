@@ -109,7 +109,7 @@ class FakeAgent:
     """What machines do, a turn each time that somebody looks for the receipt.
 
     `attempts` lists, per attempt, the words of its turns: state, log, badlog, badstate, receipt, badreceipt,
-    preempted, vanish, nothing. The last one is repeated. It obeys control.json.
+    preempted, vanish, preparing, nothing. The last one is repeated. It obeys control.json.
     """
 
     def __init__(self, backend: FakeBackend, bucket: FolderBucket, *attempts: str) -> None:
@@ -138,9 +138,10 @@ class FakeAgent:
         if asked and self.obeys:
             self._receipt(prefix, boot.attempt, "stopped", asked)
             self.backend.ends(name, "the run is finished")
-        elif word in ("state", "badstate"):
-            data = canonical({"phase": "run", "beat": number, "time": timestamp(time.time())})
-            self.bucket.put(attempt + "/state.json", data if word == "state" else b"{{{")
+        elif word in ("state", "badstate", "preparing"):
+            phase = "environment" if word == "preparing" else "run"
+            data = canonical({"phase": phase, "beat": number, "time": timestamp(time.time())})
+            self.bucket.put(attempt + "/state.json", b"{{{" if word == "badstate" else data)
         elif word in ("log", "badlog"):
             data = frame(time.time(), "out", b"hello from %d\n" % boot.attempt)
             self.bucket.create(attempt + "/log/00000001", data if word == "log" else b"garbage")

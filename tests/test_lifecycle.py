@@ -470,6 +470,8 @@ def test_damaged_words_do_not_end_the_run(make: Callable[..., World], word: str)
     ("turns", "console", "code", "words"),
     [
         ("state vanish", "", 121, "outcome unknown (the machine is gone)"),
+        ("state log vanish", "", 121, "outcome unknown (the machine is gone)"),
+        ("preparing log vanish", "", 125, "main.py was not started"),  # what was printed was pip's
         ("vanish", "", 125, "the machine gave no sign of life"),
         ("state preempted", "", 121, "the machine was taken away; run it again to go on"),
     ],

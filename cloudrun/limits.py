@@ -18,6 +18,7 @@ DEFAULTS: dict[str, float] = {
     "grace_interrupt": 10,  # from SIGINT to SIGTERM
     "grace_terminate": 5,  # from SIGTERM to SIGKILL
     "grace_preempted": 5,  # from SIGTERM to SIGKILL when the machine is being taken away
+    "stuck": 60,  # what the kernel cannot kill for so long (a driver, a lost disk) does not keep the save
     "drain": 10,  # for what main.py left behind
     "reserve_grace": 30,  # kept back at the end of the run: this much …
     "reserve_save": 60,  # … and this much, or twice the longest save if that is more …

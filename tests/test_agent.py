@@ -1,17 +1,19 @@
 """The agent as it is sent, alone, under every Python at hand; we are its guard."""
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from machine import VERSIONS, Run, alive, interpreter, wait_until
 
-from cloudrun.formats import Entry, digest_of
+from cloudrun.formats import Entry, canonical, digest_of
 from cloudrun.receipt import FIELDS, outcome_of
 
 STATUSES = [0, 1, 2, 3, 42, 77, 121, 122, 124, 125, 126, 127, 128, 137, 254, 255]
@@ -414,3 +416,49 @@ def test_no_python_at_all_but_our_own(tmp_path):
     os.symlink(sys.executable, python)
     run.run(python)
     assert run.receipt["status"] == 0 and run.output().strip().decode().startswith("/")
+
+
+SEIZE, DETACH, TRACE_EXIT = 0x4206, 17, 0x40
+PTRACE = ctypes.CDLL(None, use_errno=True).ptrace
+PTRACE.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+
+
+@contextmanager
+def unkillable(pid):
+    """Who is traced stops at its own end, SIGKILL or not, as long as its tracer likes (ptrace(2))."""
+    if PTRACE(SEIZE, pid, None, TRACE_EXIT):
+        pytest.skip("this process may not be traced here")
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0x40000000)  # __WALL
+        PTRACE(DETACH, pid, None, None)
+
+
+@pytest.mark.parametrize("who", ["a child", "main.py"])
+def test_what_the_kernel_does_not_kill_keeps_neither_save_nor_receipt(tmp_path, who):
+    main = """
+import os, subprocess, time
+os.makedirs("model", exist_ok=True)
+open("model/x", "w").write("x")
+open("pid.new", "w").write(str(PID))
+os.rename("pid.new", "pid")
+while not os.path.exists("go"): time.sleep(0.01)
+"""
+    child = "subprocess.Popen(['sleep', '100'], stdout=subprocess.DEVNULL).pid"
+    main = main.replace("PID", child if who == "a child" else "os.getpid()")
+    limits = {"stuck": 1.0, "drain": 0.2, "grace_interrupt": 0.2, "grace_terminate": 0.2}
+    run = Run(tmp_path, main, limits=limits).start()
+    wait_until((run.work / "pid").exists)
+    pid = int((run.work / "pid").read_text())
+    with unkillable(pid):
+        if who == "a child":
+            (run.work / "go").touch()
+        else:
+            run.bucket.create(f"{run.prefix}/control.json", canonical({"level": 1, "by": "SIGINT"}))
+        wait_until(lambda: run.receipt, 30, "the receipt")
+        assert alive(pid)
+    run.finish()
+    assert run.outputs()["model/x"] == b"x"
+    assert run.receipt["status"] == (0 if who == "a child" else None)

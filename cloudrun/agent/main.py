@@ -72,9 +72,6 @@ def claim(watch: Watch) -> bool:
     return True
 
 
-STUCK_SECONDS = 60.0  # what the kernel cannot kill for so long (a driver, a lost disk) must not keep the save
-
-
 class Attempt:
     """One attempt of a run. `work` returns when nothing is left to do on this machine."""
 
@@ -179,7 +176,8 @@ class Attempt:
         reason, ending = None, []
         asked, self.saver.is_running = began, program.is_running
         self.watch.helpers.append(Task(self.saver.every_so_often, partial(self.log.write, "note")))
-        while program.status is None and not (reason and now() - asked > STUCK_SECONDS and not ending):
+        stuck = self.watch.limits["stuck"]
+        while program.status is None and not (reason and now() - asked > stuck and not ending):
             program.pump(ENDING_SECONDS if reason else TURN_SECONDS)
             self.watch.beat()
             if not reason:
@@ -210,7 +208,7 @@ class Attempt:
             if not self.torn:
                 self.saver.look(ended=True)
             self.torn = True
-        while not kill_descendants(0.5) and now() < deadline + STUCK_SECONDS:
+        while not kill_descendants(0.5) and now() < deadline + limits["stuck"]:
             self.watch.beat()
         program.last_words()
 

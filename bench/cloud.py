@@ -1,6 +1,6 @@
 """What a run costs beside main.py itself, and how late its output is, on an emulated Google Cloud.
 
-    make bench ARGS="billed boot=2"      a table: billed start log; machines that boot for 2 s, not 20
+    make bench ARGS="billed boot=2"      a table: billed start log ps; machines that boot for 2 s, not 20
     make bench ARGS="log seconds=30"     a program of 30 s, not 60
 
 Emulated machines are processes of this computer: what they take is real, what a cloud takes is `boot`.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,8 +32,9 @@ sys.path.insert(0, str(TOP / "tests" / "e2e"))
 from cloud import machines
 from cloud.compute import Cloud
 from cloud.storage import Storage
-from gce import missing
+from gce import Gce, missing
 from places import QUICK
+from test_bill import make_order
 
 Row = tuple[str, str, str, str, str]
 
@@ -45,11 +47,12 @@ def main(words: list[str]) -> None:
         "billed": lambda: billed(boot),
         "start": lambda: start(boot),
         "log": lambda: log(seconds),
+        "ps": ps,
     }
     print(row("what", "cloudrun", "of the emulator", "more", "promise"))
     for name, measure in tables.items():
         if not names or name in names:
-            reason = missing() or (machines.unavailable() if name != "log" else "")
+            reason = missing() or (machines.unavailable() if name in ("billed", "start") else "")
             for line in [(name, "-", reason, "", "")] if reason else measure():
                 print(row(*line), flush=True)
     print(f"load of this machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
@@ -188,6 +191,48 @@ def log(seconds: float) -> Iterator[Row]:
             requests = ", ".join(f"{counts[each]:.0f} {each}" for each in ("A", "B", "free"))
             cost = f"{counts['cost']:.4f} USD/h"
             yield f"a {kind} program, requests in an hour", cost, requests, "", "0.02 USD/h"
+
+
+def ps() -> Iterator[Row]:
+    """200 open runs with a machine each, 10,000 runs that have ended: nothing boots here."""
+    from cloudrun.formats import canonical, timestamp
+
+    count, now, timing = 200, time.time(), replace(QUICK, boot=0.0)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Storage() as storage,
+        Cloud(Path(folder) / "cloud", timing=timing, machines=False) as cloud,
+    ):
+        storage.create_bucket("b")
+        google, done = Gce(cloud), []
+        for number in range(10_000 + count):
+            order = make_order(run=f"toy-20261125-{number:06d}-00aa", backend="gcp", created=timestamp(now))
+            put(storage, f"{order.prefix}/order.json", order.content())
+            if number < count:
+                put(storage, f"open/{order.run}", canonical({"run": order.run, "project": "toy"}))
+                put(storage, f"{order.prefix}/attempts/1/claim.json", canonical({"time": timestamp(now)}))
+                put(storage, f"{order.prefix}/attempts/1/state.json", canonical({"phase": "run", "beat": 1}))
+                labels = {
+                    "cloudrun-run": order.run,
+                    "cloudrun-attempt": "1",
+                    "cloudrun-ends": f"{now + 9e4:.0f}",
+                }
+                done.append(google.insert(f"{order.run}-1", labels=labels, kind="e2-small"))
+        for operation in done:
+            google.wait(operation)
+        path, env = Path(folder), {**cloud.environ(), "STORAGE_EMULATOR_HOST": storage.url}
+        env = {**environment(path), **env, "GCS_DIR": "gs://b", "CLOUDRUN_BACKEND": "gcp"}
+        took = []
+        for _ in range(5):
+            began = time.perf_counter()
+            shown = subprocess.run([*CLOUDRUN, "ps"], cwd=path, env=env, capture_output=True, text=True)
+            took.append(time.perf_counter() - began)
+            assert shown.returncode == 0 and shown.stdout.count(" run ") == count, shown
+    yield f"ps: {count} open runs and machines, 10,000 ended", s(statistics.median(took)), "", "", "2 s"
+
+
+def put(storage: Storage, name: str, data: bytes) -> None:
+    storage.store.put("b", name, data, {}, {})
 
 
 def followed(

@@ -51,9 +51,14 @@ def which(client: Client, settings: Settings, text: str | None, *, act: bool = F
 
 def ps(client: Client, settings: Settings, *, as_json: bool, history: bool = False) -> int:
     """A line for each open run and each machine without one, oldest first; `as_json`: one JSON array."""
-    code = sweep_up(client)
-    sight = look(_backends(client, settings), client.report)
-    records = rows(client.bucket, sight, client.report, history=history)
+    backends, code = _backends(client, settings), 0
+    sight = look(backends, client.report)
+    found = rows(client.bucket, sight, client.report, history=history)
+    if any(row.doubtful for row in found):  # else a sweep, which costs as much again, finds nothing
+        code = sweep_up(client)
+        sight = look(backends, client.report)
+        found = rows(client.bucket, sight, client.report, history=history)
+    records = [row.record for row in found]
     for line in [json.dumps(records, indent=1)] if as_json else table(records):
         print(line)
     if sight.others:

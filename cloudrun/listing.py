@@ -12,7 +12,8 @@ from cloudrun.background import side_by_side
 from cloudrun.config import NEEDED, Settings
 from cloudrun.errors import BucketError, CloudrunError, Corrupt
 from cloudrun.formats import seconds_of, timestamp
-from cloudrun.order import Order
+from cloudrun.limits import DEFAULTS
+from cloudrun.order import Order, time_of
 from cloudrun.receipt import read_receipt
 from cloudrun.report import Report, human_seconds
 from cloudrun.runs import (
@@ -27,9 +28,11 @@ from cloudrun.runs import (
     read_bill,
 )
 from cloudrun.storage import Bucket
+from cloudrun.sweep import overdue
 
 STRANGE = "billed without a run"
 LOST = "without a machine"
+UNFINISHED = ("boot", "fetch", "environment", "run")  # no receipt is written in these phases
 COLUMNS = "{:<44} {:<20} {:<8} {:>14} {:>9}"
 
 
@@ -70,13 +73,20 @@ def look(backends: list[Backend], report: Report) -> Sight:
     return sight
 
 
-def rows(bucket: Bucket, sight: Sight, report: Report, *, history: bool = False) -> list[dict[str, Any]]:
-    """A record for each open run (with `history`, for every run) and each machine without one, by age."""
+class Row(NamedTuple):
+    """`doubtful`: whoever sweeps may find something to do."""
+
+    record: dict[str, Any]
+    doubtful: bool
+
+
+def rows(bucket: Bucket, sight: Sight, report: Report, *, history: bool = False) -> list[Row]:
+    """One for each open run (with `history`, for every run) and each machine without one, by age."""
     machines: dict[str, list[tuple[str, Instance]]] = {}
     for backend, instance in sight.machines:
         machines.setdefault(instance.run, []).append((backend, instance))
 
-    def row(found: tuple[str, str]) -> dict[str, Any] | None:
+    def row(found: tuple[str, str]) -> Row | None:
         project, run = found
         try:
             order = load(bucket, project, run)
@@ -90,15 +100,16 @@ def rows(bucket: Bucket, sight: Sight, report: Report, *, history: bool = False)
     known_runs = {run for _, run in runs}
     alone = [each for run, found in machines.items() if run not in known_runs for each in found]
     known += [_of_machine(backend, instance) for backend, instance in alone]
-    return sorted(known, key=lambda item: str(item["started"]))
+    return sorted(known, key=lambda row: str(row.record["started"]))
 
 
-def _of_run(bucket: Bucket, order: Order, machines: list[Instance], places: set[str]) -> dict[str, Any]:
+def _of_run(bucket: Bucket, order: Order, machines: list[Instance], places: set[str]) -> Row:
     billed = [each for each in machines if each.ended is None]
     attempt = max((each.attempt for each in billed), default=0) or last_attempt(bucket, order)
     state, receipt = attempt_object(bucket, order, attempt, "state"), None
     with suppress(Corrupt):
-        receipt = read_receipt(bucket, order.prefix)
+        if not billed or (state or {}).get("phase") not in UNFINISHED:
+            receipt = read_receipt(bucket, order.prefix)
     record = described(order, attempt, state, receipt, None if billed else read_bill(bucket, order))
     note = ""
     if not billed and record["state"] != "ended":
@@ -106,12 +117,15 @@ def _of_run(bucket: Bucket, order: Order, machines: list[Instance], places: set[
             record["state"] = LOST if attempt else "starting"
         else:
             note = f"its machine is in {order.place}, which cannot be seen from here"
-    return {**record, "machine": billed[-1].name if billed else None, "note": note}
+    limits, now = {**DEFAULTS, **order.limits}, time_of(bucket)
+    well = billed and not any(overdue(each, limits, receipt, now)[0] for each in billed)
+    record = {**record, "machine": billed[-1].name if billed else None, "note": note}
+    return Row(record, not well and record["state"] != "ended")
 
 
-def _of_machine(backend: str, instance: Instance) -> dict[str, Any]:
+def _of_machine(backend: str, instance: Instance) -> Row:
     state = STRANGE if instance.ended is None else "left over" if instance.leftover else "parked"
-    return {
+    record = {
         **dict.fromkeys(RECORD),
         "schema": SCHEMA,
         "run": instance.run,
@@ -124,6 +138,7 @@ def _of_machine(backend: str, instance: Instance) -> dict[str, Any]:
         "machine": instance.name,
         "note": instance.parked,
     }
+    return Row(record, instance.billed)
 
 
 def table(records: list[dict[str, Any]]) -> Iterator[str]:

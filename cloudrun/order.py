@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 def here() -> list[str]:
     """The origin of a run that is started now: this computer, this directory."""
     return [os.uname().nodename, os.getcwd()]
+
+
+RUN_ID = re.compile(r"[a-z0-9][a-z0-9_-]*-\d{8}-\d{6}-[0-9a-f]{4}")
 
 
 def new_run_id(project: str, when: float) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeBackend
+from fakes import FakeBackend, receipt_of
 from test_bill import make_order
 
 from cloudrun.backends import Instance
@@ -29,7 +29,8 @@ def bucket(tmp_path: Path) -> FolderBucket:
 
 
 def add(bucket: FolderBucket, number: int = 0, *, attempts: int = 1, **more: Any) -> Order:
-    order = make_order()._replace(run=f"toy-20261125-101112-{number:04x}", **more)
+    deadline = timestamp(time.time() + 3600)
+    order = make_order(deadline=deadline)._replace(run=f"toy-20261125-101112-{number:04x}", **more)
     bucket.create("open/" + order.run, canonical({"run": order.run, "project": order.project}))
     bucket.create(order.prefix + "/order.json", order.content())
     for attempt in range(1, attempts + 1):
@@ -54,7 +55,8 @@ def seen(*machines: Instance, places: tuple[str, ...] = (), others: tuple[str, .
 
 
 def one(bucket: FolderBucket, sight: Sight, *, history: bool = False) -> dict[str, Any]:
-    (found,) = rows(bucket, sight, QUIET, history=history)
+    ((found, doubtful),) = rows(bucket, sight, QUIET, history=history)
+    assert doubtful == (found["state"] not in ("run", "parked", "ended") or "cannot be seen" in found["note"])
     assert set(found) == {*RECORD, "machine", "note"}
     return found
 
@@ -108,7 +110,23 @@ def test_the_oldest_comes_first_and_what_is_damaged_hides_nothing(bucket: Folder
     bucket.put(add(bucket, 3).prefix + "/order.json", b"not json")
     bucket.create("open/x", b"not json")
     found = rows(bucket, seen(), QUIET)
-    assert [item["run"] for item in found] == [old.run, young.run]
+    assert [row.record["run"] for row in found] == [old.run, young.run]
+
+
+@pytest.mark.parametrize("machine_is", [{"alive": False}, {"deadline": timestamp(time.time() - 3600)}])
+def test_a_machine_that_has_to_be_ended_is_doubtful(bucket: FolderBucket, machine_is: dict[str, Any]) -> None:
+    order = add(bucket)
+    (row,) = rows(bucket, seen(machine(order)._replace(**machine_is)), QUIET)
+    assert row.doubtful and row.record["state"] == "run"
+
+
+def test_a_machine_that_has_finished_is_doubtful_once_it_has_had_its_time(bucket: FolderBucket) -> None:
+    order = add(bucket)
+    bucket.put(f"{order.prefix}/attempts/1/state.json", canonical({"phase": "save", "beat": 2}))
+    for ended, doubtful in ((time.time() - 600, True), (time.time(), False)):
+        bucket.put(order.prefix + "/receipt.json", canonical(receipt_of(ended=timestamp(ended))))
+        (row,) = rows(bucket, seen(machine(order)), QUIET)
+        assert (row.doubtful, row.record["state"]) == (doubtful, "ending")
 
 
 def test_a_provider_that_does_not_answer_hides_no_other() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pwd
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,3 +258,44 @@ def test_it_starts_by_hand():
         served.send_signal(signal.SIGINT)
         assert "violations: []" in served.stdout.read()
     assert served.returncode == 0
+
+
+OF_NOBODY = """
+import json, sys, tempfile, urllib.request
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from cloud import machines
+from cloud.vast import Vast
+
+if reason := machines.unavailable():
+    sys.exit(f"skip: {reason}")
+place = {"dir": machines.disk_root(), "ignore_cleanup_errors": True}
+with tempfile.TemporaryDirectory(**place) as folder, Vast(Path(folder)) as vast:
+    order = {"image": "a:b", "disk": 20, "env": {"VAST_URL": vast.url}, "onstart": sys.argv[2]}
+    address, body = f"{vast.url}/api/v0/asks/7100013/", json.dumps(order).encode()
+    request = urllib.request.Request(address, body, method="PUT")
+    request.add_header("Authorization", f"Bearer {vast.key}")
+    number = json.load(urllib.request.urlopen(request))["new_contract"]
+    print(vast.wait(number, "destroyed", 20).log)
+    vast.meter.check()
+"""
+
+
+def test_ordinary_users_have_containers_too_where_the_kernel_allows_it():
+    if os.geteuid() != 0 or not shutil.which("setpriv"):
+        pytest.skip("needs root and setpriv to become an ordinary user")
+    nobody, python = pwd.getpwnam("nobody"), shutil.which("python3", path=machines.PATH)
+    if not python:
+        pytest.skip("needs a python3 that everybody can read")
+    copy = Path("/var/tmp") / f"containers-{os.getpid()}"
+    try:
+        shutil.copytree(TOP / "tests/cloud", copy / "cloud", ignore=shutil.ignore_patterns("__pycache__"))
+        switch = ["setpriv", "--reuid", str(nobody.pw_uid), "--regid", str(nobody.pw_gid), "--clear-groups"]
+        onstart = f"{{ id -u; command -v systemctl; }} {SAY}; {DELETE % '$CONTAINER_ID'}"
+        command = [*switch, python, "-c", OF_NOBODY, str(copy), onstart]
+        done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+        if done.stderr.startswith("skip: "):
+            pytest.skip(done.stderr.strip())
+        assert done.returncode == 0 and done.stdout == "0\n\n", done.stderr
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)

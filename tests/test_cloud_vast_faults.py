@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 from cloud import vast_errors
-from cloud.faults import Answer, LostReply, LostRequest, Slow
+from cloud.faults import Answer, LostReply, LostRequest, Slow, Stale
 from cloud.vast import Vast
-from cloud.vast_account import Instead, VastTiming
+from cloud.vast_account import NOTHING_RUNS, Instead, VastTiming
 from vast_client import Client, need_client
 
 HOUR, DAY = 3600.0, 86400.0
@@ -144,6 +144,26 @@ def test_a_lost_host_costs_nothing_until_it_is_back(vast, client):
     vast.offline(number)
     client.delete(number)
     vast.wait(number, "destroyed")
+
+
+def test_lists_can_be_empty_or_stale(vast, client):
+    client.list()
+    number = client.rent()
+    vast.faults.on("instances.list", Stale())
+    assert client.list()["instances"] == []
+    vast.faults.on("instances.list", NOTHING_RUNS)
+    assert client.list()["instances"] == []
+    assert client.list()["instances"][0]["id"] == number
+
+
+def test_fields_can_be_null_or_missing(vast, client, sdk):
+    number = client.run()
+    vast.faults.nulls |= {"label", "start_date"}
+    vast.faults.absent.add("ports")
+    shown = client.get(number)
+    assert shown["label"] is None and "ports" not in shown and "ports" in client.list()["instances"][0]
+    with pytest.raises(TypeError):  # so nobody should use it
+        sdk.show_instance(number)
 
 
 # --- money

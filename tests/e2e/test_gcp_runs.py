@@ -11,6 +11,8 @@ from gce import Gce
 from machine import signal_all, wait_until
 from test_ends import POLITE, RESUMED, SLEEP, UNTIL_STOPPED, WORK, hours, lose
 
+from cloudrun.backends.gcp_prices import disk_per_month
+
 VM = {"VM_INSTANCE": "my-vm", "VM_SPOT": "0"}
 
 
@@ -276,6 +278,19 @@ def test_a_machine_that_may_not_read_the_bucket_is_said_with_what_to_do(gcp):
     assert "main.py was not started: HTTP Error 403" in gcp.err(client)
     assert "cloudrun doctor says what allows it" in gcp.err(client)
     gcp.ended(2)
+
+
+def test_what_a_lost_client_leaves_is_a_disk_until_the_next_command(gcp):
+    """README says what that costs."""
+    gcp.main(WORK + "print('up', flush=True); time.sleep(1)")
+    lose(gcp.running("main.py"))
+    (name,) = gcp.meter.members
+    gcp.place.cloud.wait(name, "TERMINATED")
+    assert gcp.place.cloud.meter.disks() == [name]
+    assert gcp.run("ps") == 0
+    bill = gcp.ended(2)
+    assert bill["reason"] == "exited" and gcp.place.cloud.meter.disks() == []
+    assert round(disk_per_month("pd-balanced", 100) / 730, 3) == 0.014
 
 
 def test_the_provider_ends_what_nobody_else_ends(gcp):

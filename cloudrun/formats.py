@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from typing import Any, Iterable, Iterator
 
 MAX_PATH = 4096
+READ_PIECE = 256 << 10  # bytes of a file read at once: more would leave the processor's cache unhashed
 HEX64 = re.compile(r"[0-9a-f]{64}\Z")
 STREAMS = ("out", "err", "note")
 

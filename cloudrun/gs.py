@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from abc import ABC, abstractmethod
 from contextlib import suppress
 
 from cloudrun.errors import BucketError, BucketRefused, Conflict, Corrupt, Missing, UsageError
@@ -44,7 +45,7 @@ class Patience:
         return left > 0
 
 
-class GsBucket:
+class GsBucket(ABC):
     """See cloudrun.storage.Bucket. How to speak to the service is left to who derives from this.
 
     They raise what `problem` makes of an answer, and try again as long as it is worth while.
@@ -70,26 +71,29 @@ class GsBucket:
 
     # --- what the service can do; `generation` "" means any
 
+    @abstractmethod
     def _find(self, path: str) -> Found | None:
-        raise NotImplementedError
+        """What is told of an object, None if there is none."""
 
+    @abstractmethod
     def _open(self, path: str, start: int, stop: int | None, generation: str) -> Stream:
         """Raises Missing or Beyond. Tries once: what was read of it must not be read again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _insert(self, path: str, content: Content, generation: str, mark: str) -> str:
         """The new generation. Raises Conflict, and Anew if the content is not what it was."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _list(self, prefix: str, delimiter: str) -> Iterator[tuple[list[str], list[str]]]:
         """Page by page, names and the prefixes that end in the delimiter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _rewrite(self, source: str, target: str) -> None:
-        raise NotImplementedError
+        """Copy inside the bucket. Raises Missing."""
 
+    @abstractmethod
     def _remove(self, path: str) -> None:
-        raise NotImplementedError
+        """Raises Missing."""
 
     # --- the contract
 
@@ -206,6 +210,7 @@ class GsBucket:
 
     def tidy(self) -> None:
         """Nothing: what was not finished does not exist, and the service forgets it within a week."""
+        return None
 
     def _again(self, act: Callable[[], T]) -> T:
         """What `act` returns, as soon as it does, and as long as it is worth while to try."""

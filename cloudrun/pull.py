@@ -13,14 +13,13 @@ from typing import IO
 
 from cloudrun.config import USUAL, Bounds
 from cloudrun.errors import CloudrunError, Corrupt, Missing
-from cloudrun.formats import Entry, digest_of, parse, read_entry, shown
+from cloudrun.formats import READ_PIECE, Entry, digest_of, parse, read_entry, shown
 from cloudrun.order import Order
 from cloudrun.project import DATA
 from cloudrun.report import Report, human_bytes
 from cloudrun.storage import Bucket
 
 MAX_OUTPUTS = 256 << 20  # bytes of outputs.json, which comes from a machine that is not ours
-PIECE = 256 << 10
 NOT_A_FILE = ""
 
 
@@ -203,7 +202,7 @@ def _parts_digest(path: str, sent: Entry) -> str | None:
 
 def _sha256(file: IO[bytes], length: int) -> str:
     digest = hashlib.sha256()
-    while length and (data := file.read(min(length, PIECE))):
+    while length and (data := file.read(min(length, READ_PIECE))):
         digest.update(data)
         length -= len(data)
     return digest.hexdigest()

@@ -14,14 +14,13 @@ from functools import partial
 
 from cloudrun.background import Background, side_by_side
 from cloudrun.errors import CloudrunError
-from cloudrun.formats import Entry, digest_of, entry_line, shown
+from cloudrun.formats import READ_PIECE, Entry, digest_of, entry_line, shown
 from cloudrun.index import Index, settled, stat_key
 from cloudrun.project import Found
 from cloudrun.storage import Bucket
 
 SMALL = 4 << 20  # bytes; smaller files share a blob
 PACK = 8 << 20  # bytes in such a blob at most: Cloud Storage takes so much in one request
-PIECE = 256 << 10  # bytes read at once: more would leave the processor's cache before it is hashed
 DROP_SECONDS = 1.0  # for what is on its way when the user wants the end
 TRIES = 3  # for a file that changes while it is read
 FRESH_NS = 100_000_000  # one write sets the times when it begins: in so long it has ended
@@ -210,7 +209,7 @@ class _Piece:
         self.length = 0
         while self.length < self._wanted:
             self._check()
-            wanted = min(PIECE, self._wanted - self.length)
+            wanted = min(READ_PIECE, self._wanted - self.length)
             data = _read(self._file, self._path, wanted, self._offset + self.length)
             if not data:  # the file became shorter
                 return

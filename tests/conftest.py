@@ -2,6 +2,9 @@
 
 import signal
 
+import pytest
+from cloud.storage import Storage
+
 
 def pytest_configure(config):
     """A shell starts background jobs with SIGINT ignored, and cloudrun leaves it so, as nohup wants."""
@@ -12,3 +15,12 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "e2e" in item.path.parts)
+
+
+@pytest.fixture
+def storage(monkeypatch):
+    """The emulated Cloud Storage with a bucket `b`, where this process finds it."""
+    with Storage() as found:
+        found.create_bucket("b")
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", found.url)
+        yield found

@@ -29,13 +29,6 @@ CHUNK = 256 << 10
 
 
 @pytest.fixture
-def storage():
-    with Storage() as found:
-        found.create_bucket("b")
-        yield found
-
-
-@pytest.fixture
 def bucket(storage, monkeypatch):
     return client_of(storage, monkeypatch).bucket("b")
 

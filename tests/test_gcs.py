@@ -10,7 +10,6 @@ import os
 import uuid
 
 import pytest
-from cloud.storage import Storage
 from contracts.bucket import BucketContract
 
 from cloudrun.storage.rest import RestBucket
@@ -37,14 +36,6 @@ OTHER_FLAWS = {
     "test_many_objects_are_all_listed": "gcp-storage-emulator gets slower with each object",
     "test_readers_see_the_old_or_the_new_content": "gcp-storage-emulator takes seconds for this",
 }
-
-
-@pytest.fixture
-def storage(monkeypatch):
-    with Storage() as found:
-        found.create_bucket("b")
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", found.url)
-        yield found
 
 
 class TestGcsBucket(BucketContract):

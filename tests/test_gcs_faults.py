@@ -11,7 +11,7 @@ import time
 from collections import Counter
 
 import pytest
-from cloud.storage import Rule, Storage, Token
+from cloud.storage import Rule, Token
 from cloud.storage_tokens import Metadata
 from contracts.bucket import at_once
 from machine import ROOT, VERSIONS, interpreter
@@ -26,14 +26,6 @@ from cloudrun.storage.gcs import GcsBucket
 
 SMALL, LARGE = b"small" * 1000, bytes(range(256)) * (10 << 12)  # in one request, and in a session
 EVERYTHING = frozenset(f"storage.objects.{verb}" for verb in ("get", "list", "create", "delete"))
-
-
-@pytest.fixture
-def storage(monkeypatch):
-    with Storage() as found:
-        found.create_bucket("b")
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", found.url)
-        yield found
 
 
 @pytest.fixture(params=[GcsBucket, RestBucket])

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from cloud.storage import Storage
 from cloud.storage_tokens import Metadata
 from machine import GUARD, VERSIONS, archived, interpreter
 
@@ -14,13 +13,6 @@ AGENT = archived(
     "import os; print('the agent ran', flush=True); os.write(int(os.environ['CLOUDRUN_GUARD']), b'R')"
 )
 NAME = "p/blobs/an agent%2F\u00e9"
-
-
-@pytest.fixture
-def storage():
-    with Storage() as found:
-        found.create_bucket("b")
-        yield found
 
 
 def boot(storage, folder, python=sys.executable, agent=AGENT, stored=AGENT, **env):

@@ -16,14 +16,13 @@ from itertools import groupby, islice
 
 from cloudrun.agent.watch import Task, Watch
 from cloudrun.errors import CloudrunError, Corrupt
-from cloudrun.formats import Entry, read_entry
+from cloudrun.formats import READ_PIECE, Entry, read_entry
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cloudrun.agent.earlier import Earlier
 
 LARGE = 16 << 20  # bytes from which on it is worth while to ask for a clone
-PIECE = 256 << 10  # bytes read at once
 SPARE = 64 << 20  # bytes of free disk that must remain
 
 
@@ -201,7 +200,7 @@ class Stretch:
             if not real.startswith(self._inside):
                 raise PermissionError(f"{self._path} is not inside of the project")
             file.seek(self._at)
-            while left and (data := file.read(min(left, PIECE))):
+            while left and (data := file.read(min(left, READ_PIECE))):
                 left -= len(data)
                 yield data
 

@@ -108,8 +108,9 @@ def start_and_follow(client: Client, settings: Settings, wanted: Wanted, options
     report.say(describe(prepared))
     report.stage("offer")
     offers = wait_for_offers(client, queue=options["wait"])
-    check_limits(settings, offers)
-    order = store(prepared, settings, wanted, dearest(offers), (client.bucket, report))
+    stranger = client.backend.stranger
+    check_limits(settings, offers, stranger=stranger)
+    order = store(prepared, settings, wanted, dearest(offers), (client.bucket, report), stranger=stranger)
     try:
         check_time(order, offers)
         report.say(f"{offers[0].what}, {price_words(order)}")

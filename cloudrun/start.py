@@ -63,6 +63,8 @@ def store(
     wanted: Wanted,
     price: float | None,
     client: tuple[Bucket, Report],
+    *,
+    stranger: bool = False,
 ) -> Order:
     """Send what is missing and write the order: from here on the run exists. Undone if it fails half-way."""
     bucket, report = client
@@ -80,6 +82,7 @@ def store(
         if wanted.env:
             bucket.create(prefix + "/env.json", canonical(wanted.env))
         order = make_order(run, settings, wanted, price, sent, digest.hexdigest(), agent)
+        order = order._replace(stranger=stranger)
         bucket.create(prefix + "/order.json", order.content())
     except BaseException:
         with suppress(BucketError):  # what went wrong first is what the user should read

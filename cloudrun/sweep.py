@@ -11,6 +11,8 @@ from cloudrun.bill import Ended, Patience, close, ends_of, forget, see_ended
 from cloudrun.errors import BucketError, CloudrunError, Corrupt, StillRunning
 from cloudrun.follow import Seen, conclude, how_of
 from cloudrun.formats import parse, seconds_of
+from cloudrun.handover import take_back
+from cloudrun.late import collect
 from cloudrun.limits import DEFAULTS
 from cloudrun.order import Order, run_prefix
 from cloudrun.receipt import Outcome, read_receipt
@@ -76,6 +78,8 @@ class _Visit:
         order, receipt = None, None
         with suppress(BucketError):  # whatever the bucket says, a machine may have to be ended
             order = load(self.bucket, project, self.run) if project else None
+            if order:
+                collect(self.bucket, order, self.report.warn)
             receipt = read_receipt(self.bucket, prefix) if order else None
         limits = {**DEFAULTS, **order.limits} if order else {**DEFAULTS, "provider": STRANGE_SECONDS}
         for instance in machines:
@@ -107,6 +111,7 @@ class _Visit:
     def _close(self, order: Order, receipt: dict[str, Any] | None) -> None:
         """The bill of a run without a machine, unless there may still be a client."""
         if read_bill(self.bucket, order):
+            take_back(self.bucket, order)
             forget(self.bucket, order.prefix, order.run)
             return
         attempt = last_attempt(self.bucket, order)

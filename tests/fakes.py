@@ -29,6 +29,7 @@ class FakeBackend:
     pace = 0.002
     appears_within = least_billed = 0.0
     slowness = 1.0
+    stranger = False
 
     def __init__(self) -> None:
         self.machines: dict[str, Instance] = {}

@@ -84,6 +84,8 @@ def exchange(url: str, order: Order, attempt: int, environ: Mapping[str, str]) -
     from google.auth.transport.requests import Request
     from google.oauth2 import sts
 
+    if not url.startswith("gs://"):
+        return None
     base = environ.get(STS, "https://sts.googleapis.com/").rstrip("/")
     try:
         found = account.acting(environ, environ.get("STORAGE_EMULATOR_HOST", ""))

@@ -93,6 +93,9 @@ class Stranger(Run):
         top = f"{self.whole.prefix}/attempts/{self.attempt}/late/"
         return [name[len(top) :] for name in self.gs.names(top)]
 
+    def phase_there(self):
+        return self.state().get("phase")
+
     def state(self):
         for path, found in self.google.storage.objects("b").items():
             if path.endswith(f"attempts/{self.attempt}/state.json"):

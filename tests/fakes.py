@@ -103,7 +103,7 @@ class FakeAgent:
     """What machines do, a turn each time that somebody looks for the receipt.
 
     `attempts` lists, per attempt, the words of its turns: state, log, badlog, badstate, receipt, badreceipt,
-    preempted, vanish, nothing. The last one is repeated. It obeys control.json.
+    preempted, vanish, alone, nothing. The last one is repeated. It obeys control.json.
     """
 
     def __init__(self, backend: FakeBackend, bucket: FolderBucket, *attempts: str) -> None:
@@ -135,6 +135,8 @@ class FakeAgent:
         elif word in ("state", "badstate"):
             data = canonical({"phase": "run", "beat": number, "time": timestamp(time.time())})
             self.bucket.put(attempt + "/state.json", data if word == "state" else b"{{{")
+        elif word == "alone":
+            self.bucket.put(attempt + "/state.json", canonical({"phase": "run", "beat": 0, "alone": True}))
         elif word in ("log", "badlog"):
             data = frame(time.time(), "out", b"hello from %d\n" % boot.attempt)
             self.bucket.create(attempt + "/log/00000001", data if word == "log" else b"garbage")

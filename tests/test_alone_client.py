@@ -42,7 +42,8 @@ def on_look(world, count, act):
 
 
 def brings(world, order):
-    """The machine's late receipt, and its end."""
+    """The machine's late receipt, and its end: nobody has ended it before."""
+    assert "stop" not in world.backend.calls
     world.bucket.create(f"{order.prefix}/attempts/1/late/receipt", canonical(receipt_of(status=5)))
     world.backend.ends(f"{order.run}-1", "the run is finished")
 

@@ -23,6 +23,9 @@ from .vast_account import Market, VastTiming
 from .vast_api import InstanceMethods
 from .vast_api_account import AccountMethods
 from .vast_contract import Contract
+from .vast_jobs import JobMethods
+from .vast_results import PREFIX as RESULTS
+from .vast_results import ResultMethods
 
 ROUTES = {
     "POST /api/v0/bundles": "bundles.search",
@@ -35,29 +38,55 @@ ROUTES = {
     "PUT /api/v0/instances/reboot/#": "instances.reboot",
     "PUT /api/v0/instances/recycle/#": "instances.recycle",
     "PUT /api/v0/instances/bid_price/#": "instances.bid_price",
+    "PUT /api/v0/instances/request_logs/#": "instances.request_logs",
+    "PUT /api/v0/instances/command/#": "instances.command",
+    "POST /api/v0/instances/#/ssh": "instances.attach_ssh",
+    "GET /api/v0/instances/#/ssh": "instances.list_ssh",
+    "DELETE /api/v0/instances/#/ssh/#": "instances.detach_ssh",
     "GET /api/v1/instances": "instances.list",
+    "GET /api/v0/ssh": "ssh.list",
+    "POST /api/v0/ssh": "ssh.create",
+    "DELETE /api/v0/ssh/#": "ssh.delete",
+    "GET /api/v0/commands/schedule_job": "schedule.list",
+    "POST /api/v0/commands/schedule_job": "schedule.create",
+    "PUT /api/v0/commands/schedule_job/#": "schedule.update",
+    "DELETE /api/v0/commands/schedule_job/#": "schedule.delete",
+    "GET /api/v0/charges": "charges.list",
     "GET /api/v0/users/current": "users.current",
     "GET /api/v0/gpu_names/unique": "gpu_names.unique",
 }
 OPEN = {"gpu_names.unique"}  # without a key
 OWN = {"instances.get", "instances.put", "instances.delete"}  # what a container's key is good for
-# Least seconds between two calls of one key (docs.vast.ai, "Rate Limits"; the 429 names them).
-THROTTLES = {"asks.create": 4.5, "instances.get": 2.0, "instances.list": 1.0, "instances.delete": 3.0}
+# Least seconds between two calls of one key (docs.vast.ai, x-rateLimit; the 429 names them).
+THROTTLES = {
+    "asks.create": 4.5,
+    "instances.get": 2.0,
+    "instances.list": 1.0,
+    "instances.delete": 3.0,
+    "charges.list": 1.0,
+    "schedule.create": 3.5,
+    "schedule.list": 3.5,
+    "schedule.delete": 3.5,
+}
 
 
 @dataclass
 class Request:
-    """One request, kept for ever. `key` in words: account, an instance's id, or what was sent."""
+    """One request, kept for ever. `key` in words: account, job, an instance's id, or what was sent."""
 
     time: float
     verb: str
     path: str
     method: str
-    number: int  # the id in the path, or 0
+    numbers: tuple[int, ...]  # the ids in the path
     query: dict[str, str]
     body: Any
     key: str
     status: int = 0  # it got no answer
+
+    @property
+    def number(self) -> int:
+        return self.numbers[0] if self.numbers else 0
 
     @property
     def address(self) -> str:
@@ -84,9 +113,16 @@ class Vast:
         self.faults, self.meter, self.instances = self.market.faults, self.market.meter, self.market.contracts
         self.requests: list[Request] = []
         self.violations: list[str] = []
-        self._methods = (InstanceMethods(self.market), AccountMethods(self.market))
+        self._jobs, self._results = JobMethods(self.market), ResultMethods(self.market)
+        self._methods = (
+            InstanceMethods(self.market),
+            AccountMethods(self.market),
+            self._jobs,
+            self._results,
+        )
         self._last: dict[tuple[str, str], float] = {}
         self._server = Server(self._answer, port)
+        self.market.url, self.market.call = self.url, self._call_of_job
 
     def __enter__(self) -> Vast:
         return self
@@ -166,21 +202,54 @@ class Vast:
         with self.clock.changed:
             self.instances[number].freeze()
 
+    def thaw(self, number: int) -> None:
+        with self.clock.changed:
+            self.instances[number].thaw()
+
+    def crash(self, number: int) -> None:
+        """Its process 1 ends."""
+        with self.clock.changed:
+            self.instances[number].crash()
+
     def restart(self, number: int) -> None:
         """The host restarts the container on its disk: onstart runs again."""
         with self.clock.changed:
             self.instances[number].reboot()
 
+    @property
+    def jobs(self) -> dict[int, dict[str, Any]]:
+        return self._jobs.jobs
+
+    @property
+    def fired(self) -> list[tuple[int, float, int]]:
+        """What jobs did: number, time, and the status they got."""
+        return self._jobs.fired
+
+    def fire_jobs(self) -> None:
+        """All scheduled jobs, now and not at their hour."""
+        with self.clock.changed:
+            for number in list(self.jobs):
+                self._jobs.fire(number)
+
     # --- the API
 
-    def _answer(self, call: Call) -> Reply:
+    def _call_of_job(self, verb: str, path: str, body: Any) -> Reply:
+        call = Call(verb, path, {}, {}, json.dumps(body).encode())
+        try:
+            return self._answer(call, "job")
+        except Cut:
+            return Reply(0)
+
+    def _answer(self, call: Call, whose: str = "") -> Reply:
+        if call.path.startswith(RESULTS):
+            return self._results.answer(call)
         found = route(call)
         if found is None:
             self.violations.append(f"{call.verb} {call.path}: no method of the API")
             return Reply(404, b"Not Found", "text/html; charset=utf-8")
-        request = self._request(call, *found)
+        request = self._request(call, *found, whose or self._whose(call))
         try:
-            reply = self.faults.answer(request, lambda: self._perform(call, request))
+            reply = self.faults.answer(request, lambda: self._perform(request))
             request.status = reply.status
             return reply
         except Exception as error:
@@ -188,7 +257,7 @@ class Vast:
                 self.violations.append(f"{request.method}: the emulator itself failed: {error!r}")
             raise
 
-    def _request(self, call: Call, method: str, number: int) -> Request:
+    def _request(self, call: Call, method: str, numbers: tuple[int, ...], whose: str) -> Request:
         try:
             body = json.loads(call.body) if call.body else None
         except ValueError:
@@ -197,27 +266,23 @@ class Vast:
         # vastai 1.9.1 leaves the slash out there, too (measured).
         if call.path.startswith("/api/v0/") and not call.path.endswith("/") and method != "users.current":
             self.violations.append(f"{method}: no slash at the end of {call.path}")
-        request = Request(
-            self.clock.now(),
-            call.verb,
-            call.path,
-            method,
-            number,
-            call.query,
-            body,
-            self._whose(bearer(call)),
-        )
+        now = self.clock.now()
+        request = Request(now, call.verb, call.path, method, numbers, call.query, body, whose)
         with self.clock.changed:
             self.requests.append(request)
         return request
 
-    def _whose(self, key: str) -> str:
+    def _whose(self, call: Call) -> str:
+        key = bearer(call)
         if key == self.key:
             return "account"
-        own = (str(each.id) for each in self.instances.values() if each.key == key and not each.gone)
-        return next(own, f"unknown {key!r}")
+        if "api_key" in call.query:  # it works, and it ends up in logs
+            self.violations.append(f"{call.verb} {call.path}: a key in the address")
+        with self.clock.changed:
+            own = (str(each.id) for each in self.instances.values() if each.key == key and not each.gone)
+            return next(own, f"unknown {key!r}")
 
-    def _perform(self, call: Call, request: Request) -> Reply:
+    def _perform(self, request: Request) -> Reply:
         try:
             with self.clock.changed:
                 self._admit(request)
@@ -233,13 +298,21 @@ class Vast:
             return
         if request.key.startswith("unknown"):
             raise vast_errors.bad_key(self.faults.bad_key)
-        if request.key != "account" and not (request.method in OWN and request.key == str(request.number)):
-            raise vast_errors.forbidden(request.method)
+        if request.key == "job":
+            return
+        if request.key != "account":
+            self._admit_container(request)
         threshold = THROTTLES.get(request.method, 0.0)
         last = self._last.get((request.method, request.key), 0.0)
         if request.time - last < threshold * self.market.timing.throttle_scale:
             raise vast_errors.too_many_requests(threshold)
         self._last[request.method, request.key] = request.time
+
+    def _admit_container(self, request: Request) -> None:
+        if self.instances[int(request.key)].offer["machine_id"] in self.faults.offline:
+            raise Cut
+        if request.method not in OWN or request.key != str(request.number):
+            raise vast_errors.forbidden(request.method)
 
     def _check(self, request: Request) -> None:
         problems = vast_checks.problems(request.method, request.body)
@@ -254,9 +327,8 @@ class Vast:
         return next(getattr(each, name) for each in self._methods if hasattr(each, name))
 
 
-def route(call: Call) -> tuple[str, int] | None:
-    """The method of a request, and the number in its path."""
-    numbers = [part for part in call.segments if part.isdigit()]
+def route(call: Call) -> tuple[str, tuple[int, ...]] | None:
+    """The method of a request, and the numbers in its path."""
     shape = "/".join("#" if part.isdigit() else part for part in call.segments)
     method = ROUTES.get(f"{call.verb} /{shape}")
-    return (method, int(numbers[0]) if numbers else 0) if method else None
+    return (method, tuple(int(part) for part in call.segments if part.isdigit())) if method else None

@@ -9,7 +9,9 @@ from typing import Any
 
 from .clock import Clock
 from .faults import Faults
+from .server import Reply, json_reply
 from .vast_contract import Contract
+from .vast_errors import no_such_instance
 from .vast_meter import HOUR, Meter
 from .vast_offers import MONTH, catalogue
 
@@ -31,9 +33,35 @@ class VastTiming:
 
 
 @dataclass
-class VastFaults(Faults):
-    """Machines are named by machine_id."""
+class Instead:
+    """This is answered and nothing is done: a destroy that is ignored, a list that is empty."""
 
+    value: Any
+    status: int = 200
+
+    def around(self, faults: Faults, request: Any, perform: Callable[[], Reply]) -> Reply:
+        return json_reply(self.value, self.status)
+
+
+NOTHING_RUNS = Instead(
+    {
+        "success": True,
+        "instances": [],
+        "instances_found": 0,
+        "total_instances": 0,
+        "label_counts": {},
+        "next_token": None,
+    }
+)
+
+
+@dataclass
+class VastFaults(Faults):
+    """Sets name machines, by machine_id; `appear_after` has patterns of labels."""
+
+    stuck: set[int] = field(default_factory=set)  # what is destroyed there stays, and is billed
+    offline: set[int] = field(default_factory=set)  # containers whose every call to the API breaks
+    isolated: set[int] = field(default_factory=set)  # containers without any network
     stuck_loading: set[int] = field(default_factory=set)  # their containers never leave `loading`
     broken: dict[int, str] = field(default_factory=dict)  # the daemon's error, in status_msg
     taken: set[int] = field(default_factory=set)  # their GPUs are let to somebody else
@@ -66,7 +94,11 @@ class Market:
     contracts: dict[int, Contract] = field(default_factory=dict)
     faults: VastFaults = field(default_factory=VastFaults)
     image_bytes: float = 3e9  # what a pull costs in traffic
+    ssh_keys: list[dict[str, Any]] = field(default_factory=list)
+    url: str = ""
     started: Callable[[Any], None] = lambda machine: None  # told of every container that boots
+    # How a scheduled job calls the API: verb, path, body.
+    call: Callable[[str, str, Any], Reply] = lambda verb, path, body: Reply(500)
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.clock)
@@ -107,10 +139,16 @@ class Market:
                     if each.paid or each.intended == "running":
                         each.stop()
 
-        if any(each.paid for each in self.contracts.values()):
+        if rate and any(each.paid for each in self.contracts.values()):
             self.clock.after(max(0.0, self.credit) / rate, due)
 
     # --- renting
+
+    def contract(self, number: int) -> Contract:
+        found = self.contracts.get(number)
+        if found is None or found.gone:
+            raise no_such_instance(number)
+        return found
 
     def find(self, offer: int) -> dict[str, Any] | None:
         """An offer that can be had."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from . import vast_errors as errors
 from . import vast_offers
 from .vast_checks import NEW_LABEL
-from .vast_contract import Contract
 from .vast_errors import Refusal
 from .vast_view import instance
 
@@ -65,20 +64,14 @@ class InstanceMethods:
 
     # --- one
 
-    def _contract(self, request: Request) -> Contract:
-        found = self.market.contracts.get(request.number)
-        if found is None or found.gone:
-            raise errors.no_such_instance(request.number)
-        return found
-
     def instances_get(self, request: Request) -> Any:
         found = self.market.contracts.get(request.number)
-        if found is None or found.gone:
+        if found is None or not found.visible:
             return {"instances": None}
         return {"instances": instance(found, by_id=True)}
 
     def instances_put(self, request: Request) -> Any:
-        contract, body = self._contract(request), request.body or {}
+        contract, body = self.market.contract(request.number), request.body or {}
         if len(body.get("label", "")) > NEW_LABEL:
             raise Refusal(400, "label_too_long", f"at most {NEW_LABEL} characters")
         contract.label = body.get("label", contract.label)
@@ -95,7 +88,7 @@ class InstanceMethods:
         return {"success": True}
 
     def instances_delete(self, request: Request) -> Any:
-        self._contract(request).destroy()
+        self.market.contract(request.number).destroy()
         return {"success": True}
 
     def instances_delete_many(self, request: Request) -> Any:
@@ -109,15 +102,15 @@ class InstanceMethods:
         return {"success": True}
 
     def instances_reboot(self, request: Request) -> Any:
-        self._contract(request).reboot()
+        self.market.contract(request.number).reboot()
         return {"success": True}
 
     def instances_recycle(self, request: Request) -> Any:
-        self._contract(request).reboot(wipe=True)
+        self.market.contract(request.number).reboot(wipe=True)
         return {"success": True}
 
     def instances_bid_price(self, request: Request) -> Any:
-        contract, price = self._contract(request), request.body["price"]
+        contract, price = self.market.contract(request.number), request.body["price"]
         if not 0.001 <= price <= 32 * contract.offer["num_gpus"]:
             raise Refusal(400, "invalid_price", "0.001 to 32 per GPU")
         contract.rebid(price)
@@ -133,7 +126,7 @@ class InstanceMethods:
         for name in filters:
             if name not in COLUMNS:
                 raise Refusal(400, "invalid_request", f"no filter on {name}")
-        rows = [instance(each) for each in self.market.contracts.values() if not each.gone]
+        rows = [instance(each) for each in self.market.contracts.values() if each.visible]
         found = [row for row in rows if all(fits(row, *item) for item in filters.items())]
         for order in reversed(of_json(request.query.get("order_by"), [])):
             if order.get("col") not in COLUMNS:

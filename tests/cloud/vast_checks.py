@@ -36,6 +36,17 @@ CREATE = {
     "vm": (FLAG,),
     "volume_info": (OBJECT, NOTHING),
 }
+JOB = {
+    "start_time": NUMBER,
+    "end_time": (*NUMBER, NOTHING),
+    "api_endpoint": (TEXT,),
+    "request_method": (TEXT,),
+    "request_body": (OBJECT,),
+    "frequency": (TEXT,),
+    "day_of_the_week": (int, NOTHING),
+    "hour_of_the_day": (int, NOTHING),
+    "instance_id": (int,),
+}
 BODIES: dict[str, dict[str, Any]] = {
     "asks.create": CREATE,
     "instances.put": {"state": (TEXT,), "label": (TEXT,)},
@@ -48,6 +59,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "instances.command": {"command": (TEXT,)},
     "instances.attach_ssh": {"ssh_key": (TEXT,)},
     "ssh.create": {"ssh_key": (TEXT,)},
+    "schedule.create": JOB,
+    "schedule.update": JOB,
 }
 RUNTYPES = {
     "ssh",

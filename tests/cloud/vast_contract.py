@@ -18,6 +18,7 @@ from .vast_view import arguments, environ, hostname
 if TYPE_CHECKING:
     from .vast_account import Market
 
+KEPT = 48 * 3600.0  # how long the disk stays after the end of the rental (docs.vast.ai, "FAQ")
 PAID = ("running", "exited", "frozen", "rebooting")  # with `current` running
 
 
@@ -41,8 +42,10 @@ class Contract:
         self.queued = False  # a start that waits for the GPU
         self.outbid = False
         self.ending = self.gone = False
+        self.ssh_keys = list(market.ssh_keys)  # those of the account at this moment
+        self.visible_at = self.created + market.faults.delay_of(self.label or "")
         self.machine: Machine | None = None
-        self._pulled = False
+        self._pulled = self._stopping = False
         self._life = 0  # what was to happen later in an earlier life does not happen
         self._then: Callable[[], None] | None = None  # when the container's processes are gone
         market.meter.opened(self.id, offer, self.price, float(order["disk"]))
@@ -71,6 +74,10 @@ class Contract:
         return self.market.folder / "machines" / f"{self.id}-{self.starts}"
 
     @property
+    def visible(self) -> bool:
+        return not self.gone and self.market.clock.now() >= self.visible_at
+
+    @property
     def paid(self) -> bool:
         """Whether the GPU costs money now."""
         return not self.gone and self.current == "running" and self.actual in PAID
@@ -92,13 +99,19 @@ class Contract:
         half = self.market.timing.provisioning / 2
         self._later(half, lambda: self._show("created"))
         self._later(2 * half, self._load)
-        self._later(self.offer["duration"], self._expire)
+        self._plan_end()
+
+    def _plan_end(self) -> None:
+        clock = self.market.clock
+        clock.at(self.end_date, self._expire)
+        clock.at(self.end_date + KEPT, self.destroy)
 
     def park(self) -> None:
         """Made although it cannot run now: it waits, and its disk is billed."""
         self.intended = self.current = self.next = "stopped"
         self.queued = True
         self._show("created", "")
+        self._plan_end()
 
     def _load(self) -> None:
         if error := self.market.faults.broken.get(self.offer["machine_id"]):
@@ -135,7 +148,8 @@ class Contract:
         maker = "NVIDIA GeForce" if name.startswith("RTX ") and name[4:].isdigit() else "NVIDIA"
         gpu = Gpu(f"{maker} {name}", self.offer["gpu_ram"], self.offer["num_gpus"])
         container = {"onstart": self.order.get("onstart") or "", "args": arguments(self.order)}
-        return Hardware(hostname(self), gpu, environ(self), guest_stop=0.0, container=container)
+        network = self.offer["machine_id"] not in self.market.faults.isolated
+        return Hardware(hostname(self), gpu, environ(self), 0.0, network, container)
 
     # --- going down
 
@@ -163,7 +177,8 @@ class Contract:
     def stop(self) -> None:
         """Of the user, or of the service. The disk goes on costing money."""
         self.queued = self.outbid = False
-        self._halt("exited")
+        if not self.ending:
+            self._halt("exited")
 
     def _halt(self, actual: str) -> None:
         self.intended = self.next = "stopped"
@@ -171,19 +186,25 @@ class Contract:
         if self.actual == "offline":
             self.current = "stopped"
             return
+        self._stopping = True
         self._later(self.market.timing.stop, lambda: self._down(lambda: self._stopped(actual)))
 
     def _stopped(self, actual: str) -> None:
-        self.current, self.port = "stopped", 0
+        self.current, self.port, self._stopping = "stopped", 0, False
         self._show(actual)
-        self._later(max(0.0, self.end_date - self.market.clock.now()), self._expire)
+        if self.next == "running":  # it was started again in the meantime
+            self.start()
 
     def start(self) -> bool:
         """False if the GPU is somebody else's: then the start waits, without any limit."""
+        if self.ending or self.market.clock.now() >= self.end_date:
+            return False
         self.intended = self.next = "running"
-        if self.current == "running" and not self._then:
+        if self._stopping:
+            return True
+        if self.current == "running":
             if self.actual == "frozen":
-                self._thaw()
+                self.thaw()
             return True
         if self.offer["machine_id"] in self.market.faults.taken:
             self.queued = True
@@ -193,11 +214,13 @@ class Contract:
 
     def resume(self) -> None:
         """Its turn has come: all of it starts again on the same disk, onstart too."""
+        if self.ending:
+            return
         self.queued = self.outbid = False
         self.intended = self.next = self.current = "running"
         self._life += 1
+        self._stopping = False
         self._load()
-        self._later(max(0.0, self.end_date - self.market.clock.now()), self._expire)
 
     def destroy(self) -> None:
         if self.ending:
@@ -208,6 +231,9 @@ class Contract:
         self._later(self.market.timing.destroy, lambda: self._down(self._destroyed))
 
     def _destroyed(self) -> None:
+        if self.offer["machine_id"] in self.market.faults.stuck:
+            self._later(0.02, self._destroyed)
+            return
         self._life += 1
         self.gone, self.current, self.port = True, "stopped", 0
         self.history.append((self.market.clock.now(), "destroyed"))
@@ -230,16 +256,20 @@ class Contract:
 
     def _expire(self) -> None:
         """The end that was fixed at its start: stopped, and not deleted for two days."""
-        if self.market.clock.now() >= self.end_date and self.current == "running":
+        if not self.ending and self.current == "running":
             self._halt("exited")
 
     def lose_host(self) -> None:
         """Neither billed nor reachable; nothing of it runs."""
+        if self.ending:
+            return
         self._life += 1
         self._down(lambda: self._show("offline", "Host is offline"))
 
     def regain_host(self) -> None:
         """The host is there again and goes on with the contract."""
+        if self.ending or self.actual != "offline":
+            return
         if self.intended == "running":
             self._run()
         else:
@@ -250,7 +280,14 @@ class Contract:
             self.machine.freeze()
         self._show("frozen")
 
-    def _thaw(self) -> None:
+    def crash(self) -> None:
+        """Process 1 is gone, and nobody wanted that."""
+        if self.machine:
+            self.machine.cut()
+        else:
+            self._exit()
+
+    def thaw(self) -> None:
         if self.machine:
             self.machine.thaw()
         self._show("running")

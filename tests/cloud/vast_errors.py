@@ -14,12 +14,13 @@ class Refusal(ApiError):
     def __init__(self, status: int, slug: str, text: str, **more: Any) -> None:
         super().__init__(status, slug, text)
         self.more = more
+        self.headers: tuple[tuple[str, str], ...] = ()
 
     def body(self) -> dict[str, Any]:
         return {"success": False, "error": self.reason, "msg": self.message, **self.more}
 
     def reply(self) -> Reply:
-        return json_reply(self.body(), self.code)
+        return json_reply(self.body(), self.code)._replace(headers=self.headers)
 
 
 class Plain(ApiError):
@@ -72,6 +73,13 @@ def spend_rate_limit() -> Refusal:
 
 def too_many_requests(threshold: float) -> Plain:
     return Plain(429, f"API requests too frequent endpoint threshold={threshold}")
+
+
+def search_quota_exceeded(reset: float) -> Refusal:
+    """Of the day; `reset` in unix seconds. vastai 1.9.1 does not ask again."""
+    error = Refusal(429, "search_quota_exceeded", "Daily search quota exceeded.")
+    error.headers = (("X-RateLimit-Reset", str(int(reset))),)
+    return error
 
 
 def bad_gateway(status: int = 502) -> Plain:

@@ -51,13 +51,14 @@ class Account:
     up: float = 0.0
     machines: list[Machine] = field(default_factory=list)
 
-    def split(self, now: float) -> dict[str, float]:
-        traffic = self.down * self.offer["inet_down_cost"] + self.up * self.offer["inet_up_cost"]
+    def amounts(self, now: float) -> dict[str, float]:
+        """Dollars, under the names that a charge has for them."""
         monthly = self.offer["storage_cost"] * self.gigabytes
         return {
             "gpu": self.gpu.seconds(now) * self.price / HOUR,
             "disk": self.disk.seconds(now) * monthly / (MONTH * HOUR),
-            "traffic": traffic / GIGABYTE,
+            "bwd": self.down * self.offer["inet_down_cost"] / GIGABYTE,
+            "bwu": self.up * self.offer["inet_up_cost"] / GIGABYTE,
         }
 
 
@@ -127,7 +128,8 @@ class Meter:
     def cost_split(self, contract: int) -> dict[str, float]:
         """Dollars for `gpu`, `disk` and `traffic`."""
         with self._clock.changed:
-            return self.accounts[contract].split(self._clock.now())
+            found = self.accounts[contract].amounts(self._clock.now())
+        return {"gpu": found["gpu"], "disk": found["disk"], "traffic": found["bwd"] + found["bwu"]}
 
     def cost(self, contract: int) -> float:
         return sum(self.cost_split(contract).values())

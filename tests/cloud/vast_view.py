@@ -41,7 +41,7 @@ def environ(contract: Contract) -> dict[str, str]:
         "CONTAINER_API_KEY": contract.key,
         "VAST_CONTAINERLABEL": f"C.{contract.id}",
         "PUBLIC_IPADDR": offer["public_ipaddr"],
-        "SSH_PUBLIC_KEY": "",
+        "SSH_PUBLIC_KEY": "\n".join(key["public_key"] for key in contract.ssh_keys),
         "GPU_COUNT": str(offer["num_gpus"]),
         "DATA_DIRECTORY": "/workspace/",
         "JUPYTER_TOKEN": contract.key[:16],

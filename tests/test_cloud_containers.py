@@ -1,7 +1,10 @@
 """Containers of the emulated vast.ai: real processes, which only a destroy ends for good."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -18,6 +21,7 @@ DELETE = (
     'curl -sS --max-time 30 -X DELETE -H "Authorization: Bearer $CONTAINER_API_KEY" '
     "-H 'Content-Type: application/json' -d '{}' $VAST_URL/api/v0/instances/%s/"
 )
+TOP = Path(__file__).resolve().parents[1]
 SAY = "> /proc/1/fd/1"
 LASTING = f"echo up {SAY}; sleep 1000"
 
@@ -236,3 +240,19 @@ def test_nvidia_smi_shows_the_card_of_the_offer(client):
     offer = client.vast.instances[number].offer
     said(client, number, f"{offer['gpu_ram']} MiB")
     assert offer["gpu_name"] in client.vast.instances[number].log
+
+
+def test_it_starts_by_hand():
+    need_client()
+    command = [sys.executable, "-m", "tests.cloud", "vast", "pull=0.1"]
+    with subprocess.Popen(command, cwd=TOP, stdout=subprocess.PIPE, text=True) as served:
+        lines = [served.stdout.readline().removeprefix("export ").strip() for _ in range(7)]
+        exported = dict(line.split("=", 1) for line in lines)
+        request = urllib.request.Request(f"{exported['VAST_URL']}/api/v0/users/current/")
+        request.add_header("Authorization", f"Bearer {exported['VAST_API_KEY']}")
+        with urllib.request.urlopen(request) as answer:
+            assert json.load(answer)["credit"] > 0
+        assert exported["CLOUDRUN_BACKEND"] == "vast" and exported["GCS_DIR"].startswith("gs://")
+        served.send_signal(signal.SIGINT)
+        assert "violations: []" in served.stdout.read()
+    assert served.returncode == 0

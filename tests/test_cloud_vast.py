@@ -54,14 +54,27 @@ def test_an_instance_comes_up_is_destroyed_and_gone(vast, client):
     assert slug(client.put(number, state="stopped")) == (404, "no_such_instance")
 
 
-def test_ssh_and_its_port_appear_late(vast, client):
-    number = client.rent()
-    assert client.get(number)["ports"] is None and client.get(number)["actual_status"] is None
-    vast.wait(number, "running")
-    assert vast.clock.wait_for(lambda: vast.instances[number].port, 5)
-    shown = client.get(number)
-    assert shown["ports"]["22/tcp"][0]["HostPort"] == str(vast.instances[number].port)
-    assert shown["ssh_host"] and shown["public_ipaddr"].strip()
+def test_ssh_and_its_port_appear_late(tmp_path):
+    need_client()
+    slow = VastTiming(provisioning=60.0, pull=60.0, boot=60.0)
+    with Vast(tmp_path, machines=False, timing=slow) as vast:
+        client = Client(vast)
+        number, seen = client.rent(), []
+        for _ in range(7):
+            shown = client.get(number)
+            seen.append((shown["actual_status"], bool(shown["ports"]), bool(shown["ssh_host"])))
+            vast.clock.advance(30.0)
+        assert seen == [
+            (None, False, False),
+            ("created", False, False),
+            ("loading", False, False),
+            ("loading", False, False),
+            ("running", False, False),
+            ("running", False, False),
+            ("running", True, True),
+        ]
+        assert shown["ports"]["22/tcp"][0]["HostPort"] == str(vast.instances[number].port)
+        assert shown["public_ipaddr"].strip() != shown["public_ipaddr"]
 
 
 def test_stop_parks_and_only_destroy_ends_the_bill(vast, client):
@@ -184,7 +197,7 @@ def test_what_the_service_would_not_take_is_kept(tmp_path):
             assert slug(client.create(offer, **fields)) == (400, "invalid_args"), fields
         assert slug(client.call("post", "/bundles/", {"gpu": {"eq": "T4"}})) == (400, "invalid_args")
         assert slug(client.call("post", "/bundles/", {"gpu_name": "T4"})) == (400, "invalid_args")
-        assert len(vast.violations) == len(wrong) + 2 and vast.meter.ids() == []
+        assert len(vast.violations) == len(wrong) + 2 and vast.meter.names() == []
         assert client.call("get", "/instances/1") == (200, {"instances": None})
         assert "no slash" in vast.violations[-1]
         assert client.call("get", "/nothing/")[0] == 404
@@ -294,7 +307,7 @@ def test_a_machine_that_is_taken_refuses_or_parks(vast, client):
     """With cancel_unavail nothing is made; without, a stopped instance is, and its disk is billed."""
     offer = client.offers(disk_space={"gte": 20})[0]
     vast.faults.taken.add(offer["machine_id"])
-    assert slug(client.create(offer["id"])) == (410, "no_such_ask") and vast.meter.ids() == []
+    assert slug(client.create(offer["id"])) == (410, "no_such_ask") and vast.meter.names() == []
     status, answer = client.create(offer["id"], cancel_unavail=False)
     assert status == 200 and answer["success"] is False
     number = answer["new_contract"]
@@ -333,7 +346,7 @@ def test_an_account_without_credit_or_with_a_limit_rents_nothing(vast, client):
     assert slug(client.create(offer)) == (400, "spend_rate_limit")
     vast.credit = 0.0
     assert slug(client.create(offer)) == (400, "insufficient_credit")
-    assert vast.meter.ids() == []
+    assert vast.meter.names() == []
 
 
 # --- lists

@@ -50,12 +50,12 @@ def test_a_lost_reply_leaves_an_instance_that_a_retry_does_not_find(vast, client
     vast.faults.on("asks.create", LostRequest())
     with pytest.raises(Lost):
         client.create(offer)
-    assert vast.meter.ids() == []
+    assert vast.meter.names() == []
     vast.faults.on("asks.create", LostReply())
     client.rest.retry = 3  # what the SDK does by default
     status, answer = client.create(offer)
     assert (status, answer["error"]) == (410, "no_such_ask")
-    assert vast.meter.running() == vast.meter.ids() != []
+    assert vast.meter.running() == vast.meter.names() != []
 
 
 @pytest.mark.parametrize("done", [False, True])
@@ -248,7 +248,7 @@ def test_a_scheduled_destroy_comes_at_the_hour_that_holds_its_start(vast, client
 
 def test_a_job_can_be_refused_changed_deleted_and_fired(vast, client, sdk):
     number = client.run()
-    hour = next_hour(vast)
+    hour = next_hour(vast) + HOUR
     job = schedule(vast, sdk, number, hour)
     assert client.call("post", "/commands/schedule_job/", {**vast.jobs[job], "frequency": "X"})[0] == 400
     body = {name: value for name, value in vast.jobs[job].items() if name not in ("id", "user_id")}

@@ -98,8 +98,8 @@ class Meter:
 
     # --- asked by tests
 
-    def ids(self) -> list[int]:
-        """Of all contracts that were ever billed."""
+    def names(self) -> list[int]:
+        """The ids of all contracts that were ever billed."""
         return list(self.accounts)
 
     def running(self) -> list[int]:
@@ -135,7 +135,7 @@ class Meter:
         return sum(self.cost_split(contract).values())
 
     def total(self) -> float:
-        return sum(self.cost(contract) for contract in self.ids())
+        return sum(self.cost(contract) for contract in self.names())
 
     def processes(self, contract: int) -> set[int]:
         """What is alive of it on this computer, whatever the provider says."""

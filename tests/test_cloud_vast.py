@@ -201,8 +201,10 @@ def test_what_the_service_would_not_take_is_kept(tmp_path):
         assert client.call("get", "/instances/1") == (200, {"instances": None})
         assert "no slash" in vast.violations[-1]
         assert client.call("get", "/nothing/")[0] == 404
-        client.call("get", "/users/current/", api_key="x")
-        assert len(vast.violations) == len(wrong) + 4
+        assert Client(vast, "wrong").call("get", "/users/current/", api_key=vast.key)[0] == 401
+        assert "a key in the address" in vast.violations[-1]
+        assert client.call("put", "/instances/command/1/", {})[0] == 400
+        assert "command is missing" in vast.violations[-1]
 
 
 def test_calls_that_come_too_often_are_refused_in_plain_text(tmp_path):
@@ -216,6 +218,10 @@ def test_calls_that_come_too_often_are_refused_in_plain_text(tmp_path):
         assert Client(vast, vast.instances[number].key).delete(number)[0] == 200  # another identity
         vast.clock.advance(3.0)
         assert client.delete(number)[0] in (200, 404)
+        codes = [client.call("post", "/bundles/", {})[0] for _ in range(11)]
+        assert 429 in codes and codes.count(200) == 9  # with the one of `rent`, ten a minute
+        vast.clock.advance(60.0)
+        assert client.call("post", "/bundles/", {})[0] == 200
 
 
 # --- offers

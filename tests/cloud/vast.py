@@ -26,6 +26,7 @@ from .vast_contract import Contract
 from .vast_jobs import JobMethods
 from .vast_results import PREFIX as RESULTS
 from .vast_results import ResultMethods
+from .vast_throttle import Throttle
 
 ROUTES = {
     "POST /api/v0/bundles": "bundles.search",
@@ -57,17 +58,6 @@ ROUTES = {
 }
 OPEN = {"gpu_names.unique"}  # without a key
 OWN = {"instances.get", "instances.put", "instances.delete"}  # what a container's key is good for
-# Least seconds between two calls of one key (docs.vast.ai, x-rateLimit; the 429 names them).
-THROTTLES = {
-    "asks.create": 4.5,
-    "instances.get": 2.0,
-    "instances.list": 1.0,
-    "instances.delete": 3.0,
-    "charges.list": 1.0,
-    "schedule.create": 3.5,
-    "schedule.list": 3.5,
-    "schedule.delete": 3.5,
-}
 
 
 @dataclass
@@ -120,7 +110,7 @@ class Vast:
             self._jobs,
             self._results,
         )
-        self._last: dict[tuple[str, str], float] = {}
+        self._throttle = Throttle(self.market.timing.throttle_scale)
         self._server = Server(self._answer, port)
         self.market.url, self.market.call = self.url, self._call_of_job
 
@@ -302,11 +292,7 @@ class Vast:
             return
         if request.key != "account":
             self._admit_container(request)
-        threshold = THROTTLES.get(request.method, 0.0)
-        last = self._last.get((request.method, request.key), 0.0)
-        if request.time - last < threshold * self.market.timing.throttle_scale:
-            raise vast_errors.too_many_requests(threshold)
-        self._last[request.method, request.key] = request.time
+        self._throttle.check(request.method, request.key, request.time)
 
     def _admit_container(self, request: Request) -> None:
         if self.instances[int(request.key)].offer["machine_id"] in self.faults.offline:

@@ -62,6 +62,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "schedule.create": JOB,
     "schedule.update": JOB,
 }
+# What cannot be null has to be there, but for these.
+OPTIONAL = {"asks.create", "instances.put", "instances.request_logs", "schedule.update"}
 RUNTYPES = {
     "ssh",
     "ssh_direct",
@@ -82,11 +84,15 @@ LABEL, NEW_LABEL = 256, 1024
 def problems(method: str, body: Any) -> list[str]:
     """In words; empty if nothing speaks against it."""
     known = BODIES.get(method)
-    if known is None or body is None:
+    if known is None:
         return []
+    body = {} if body is None else body
     if not isinstance(body, dict):
         return [f"{method}: the body is no object"]
     found = [f"{method}: no field {name!r}" for name in body if name not in known]
+    if method not in OPTIONAL:
+        needed = (name for name, types in known.items() if NOTHING not in types)
+        found += [f"{method}: {name} is missing" for name in needed if name not in body]
     for name, value in body.items():
         types = known.get(name, (object,))
         # A bool is an int to Python and not to JSON.

@@ -130,7 +130,7 @@ class Contract:
 
     def _run(self) -> None:
         self.current, self.started = "running", self.market.clock.now()
-        self._show("running", f"success, running {self.order['image']}/ssh")
+        self._show("running", f"success, running {self.order.get('image')}/ssh")
         # sshd, its port and onstart come a little after the container.
         self._later(self.market.timing.boot, self._boot)
 

@@ -68,7 +68,7 @@ def instance(contract: Contract, *, by_id: bool = False) -> dict[str, Any]:
         "cur_state": contract.current,
         "next_state": contract.next,
         "status_msg": contract.message,
-        "image_uuid": order["image"],
+        "image_uuid": order.get("image"),
         "image_runtype": order.get("runtype") or "ssh",
         "image_args": arguments(order) or [],
         "extra_env": [[name, value] for name, value in env.items()] if isinstance(env, dict) else [],

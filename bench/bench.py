@@ -25,7 +25,8 @@ TOP = Path(__file__).resolve().parent.parent
 CLOUDRUN = [sys.executable, str(TOP / "bin" / "cloudrun")]
 EMPTY_CLICK = "import click\n@click.command()\ndef main(): pass\nmain()"
 SEND = """
-import os, resource, sys, time
+import gc, os, resource, sys, time
+gc.set_threshold(100_000)  # as the command line does
 from cloudrun.config import from_env
 from cloudrun.report import Report
 from cloudrun.start import Wanted, prepare, store

@@ -25,7 +25,7 @@ def bring_home(client: Client, order: Order, outcome: Outcome) -> tuple[int, Pul
     report, code, pulled, trouble = client.report, outcome.exit_code, Pulled(), ""
     try:
         report.stage("pull")
-        pulled = pull(client.bucket, order, os.curdir, report)
+        pulled = pull(client.bucket, order, os.curdir, report, client.bounds)
     except (CloudrunError, Interrupted) as error:
         trouble, code = str(error), code or (UNKNOWN if isinstance(error, CloudrunError) else error.exit_code)
     say_pulled(client, order, pulled)

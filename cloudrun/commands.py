@@ -141,7 +141,7 @@ def _goes_alone(client: Client, order: Order) -> bool:
 def pull(client: Client, settings: Settings, run: str | None) -> int:
     """Of a running run, the last complete save."""
     order = which(client, settings, run)
-    pulled = pulling.pull(client.bucket, order, os.curdir, client.report)
+    pulled = pulling.pull(client.bucket, order, os.curdir, client.report, client.bounds)
     say_pulled(client, order, pulled)
     if not read_bill(client.bucket, order) and client.bucket.size(order.prefix + "/receipt.json") is None:
         client.report.say("the run goes on; this is its last complete save")

@@ -13,10 +13,21 @@ from cloudrun.errors import UsageError
 from cloudrun.limits import limits
 
 DEFAULT_HOURS = 24.0
+FETCH_FILES, FETCH_GB = 1_000_000, 200.0
 BACKENDS = ("gcp", "vast", "local")
 OF_A_VM = ("GCP_ACCOUNT", "GCLOUD_PROJECT", "VM_")
 
 NEEDED = {"gcp": ("GCLOUD_PROJECT", "GCS_DIR"), "vast": ("VAST_API_KEY", "GCS_DIR"), "local": ()}
+
+
+class Bounds(NamedTuple):
+    """The most that a run may bring home: its machine may be a stranger's."""
+
+    files: float = FETCH_FILES
+    gigabytes: float = FETCH_GB
+
+
+USUAL = Bounds()
 
 
 class Settings(NamedTuple):
@@ -35,6 +46,7 @@ class Settings(NamedTuple):
     limits: dict[str, float]
     place: str
     vm: dict[str, str]
+    bounds: Bounds = USUAL
 
 
 def from_env(environ: Mapping[str, str], directory: str, **flags: str | float | None) -> Settings:
@@ -60,11 +72,7 @@ def from_env(environ: Mapping[str, str], directory: str, **flags: str | float | 
     missing = [name for name in NEEDED.get(backend, ()) if not environ.get(name)]
     if missing:
         problems.append(f"the {backend} backend also needs {', '.join(missing)}")
-    bucket = _bucket(environ, backend)
-    if backend != "local" and bucket and not bucket.startswith("gs://"):
-        problems.append(f"GCS_DIR={bucket}: a machine elsewhere needs a bucket, gs://bucket/directory")
-    elif bucket and not bucket.startswith(("gs://", "file:///")):
-        problems.append(f"GCS_DIR={bucket}: not gs://bucket/directory or file:///directory")
+    bucket = _bucket(environ, backend, problems)
     try:
         table = limits(environ)
     except ValueError as error:
@@ -73,6 +81,7 @@ def from_env(environ: Mapping[str, str], directory: str, **flags: str | float | 
     hours = number("CLOUDRUN_MAX_HOURS", flags.get("max_hours"))
     cost = number("CLOUDRUN_MAX_COST", flags.get("max_cost"))
     price = number("CLOUDRUN_PRICE", zero=True)
+    bounds = Bounds(number("CLOUDRUN_FETCH_FILES") or FETCH_FILES, number("CLOUDRUN_FETCH_GB") or FETCH_GB)
     if problems:
         raise UsageError("\n".join(problems))
     return Settings(
@@ -86,6 +95,7 @@ def from_env(environ: Mapping[str, str], directory: str, **flags: str | float | 
         limits=table,
         place=place(backend, environ),
         vm=of_a_vm(environ),
+        bounds=bounds,
     )
 
 
@@ -94,11 +104,17 @@ def of_a_vm(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name.startswith(OF_A_VM) and value}
 
 
-def _bucket(environ: Mapping[str, str], backend: str) -> str:
+def _bucket(environ: Mapping[str, str], backend: str, problems: list[str]) -> str:
     bucket = environ.get("GCS_DIR") or ""
     if backend == "local" and not bucket:
         bucket = os.path.join(data_directory(environ), "bucket")
-    return "file://" + bucket if bucket.startswith("/") else bucket
+    if bucket.startswith("/"):
+        bucket = "file://" + bucket
+    if backend != "local" and bucket and not bucket.startswith("gs://"):
+        problems.append(f"GCS_DIR={bucket}: a machine elsewhere needs a bucket, gs://bucket/directory")
+    elif bucket and not bucket.startswith(("gs://", "file:///")):
+        problems.append(f"GCS_DIR={bucket}: not gs://bucket/directory or file:///directory")
+    return bucket
 
 
 def choose_backend(environ: Mapping[str, str], flag: object) -> tuple[str, str]:

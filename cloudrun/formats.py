@@ -140,7 +140,7 @@ def read_entry(value: Any, name: str, *, with_parts: bool) -> Entry:
             return Entry(path, mode & 0o777)
         size, sha256 = value["size"], value["sha256"]
         parts = tuple(_read_part(part) for part in value["parts"]) if with_parts else ()
-        if not isinstance(size, int) or size < 0 or not HEX64.match(sha256):
+        if not isinstance(size, int) or not 0 <= size < 1 << 62 or not HEX64.match(sha256):
             raise ValueError(sha256)
         if with_parts and sum(length for _, _, length in parts) != size:
             raise ValueError(size)

@@ -12,6 +12,7 @@ import select
 import signal
 import sys
 import time
+import zipimport
 
 
 def now():  # seconds since boot, time asleep included: no wrong or changed clock moves a deadline
@@ -88,12 +89,25 @@ def start_agent(boot, end_at):
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"the agent in the bucket, {name}, is damaged: delete it and run again")
     write("agent.pyz", data)
-    os.set_inheritable(writing, True)
-    env = dict(os.environ, CLOUDRUN_ROLE="agent", CLOUDRUN_GUARD=str(writing))
-    env["CLOUDRUN_BOOT"] = json.dumps(dict(boot, left=end_at - now()))
-    agent = os.posix_spawn(sys.executable, [sys.executable, "-I", "-S", "agent.pyz"], env)
+    agent = os.fork()  # a second interpreter would have to start first
+    if not agent:
+        os.close(reading)
+        be_agent(dict(boot, left=end_at - now()), writing)
     os.close(writing)
     return agent, reading
+
+
+def be_agent(boot, pipe):
+    """Become the agent, which does not return, and look like a program of its own in lists of processes."""
+    try:
+        ctypes.CDLL(None).prctl(15, b"cloudrun-agent", 0, 0, 0)  # PR_SET_NAME
+        os.environ.update(CLOUDRUN_ROLE="agent", CLOUDRUN_GUARD=str(pipe), CLOUDRUN_BOOT=json.dumps(boot))
+        sys.path.insert(0, "agent.pyz")
+        exec(zipimport.zipimporter("agent.pyz").get_code("__main__"), {"__name__": "__main__"})
+    except Exception as error:  # a Python that is too old, say
+        say(f"CLOUDRUN-FATAL {boot.get('instance')} the agent cannot start: {error!r}")
+    finally:
+        os._exit(1)
 
 
 def watch(boot, agent, pipe, end_at):

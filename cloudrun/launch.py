@@ -150,4 +150,4 @@ def open_report(quiet: bool = False, verbose: bool = False, **_: object) -> Repo
 def open_client(settings: Settings, report: Report) -> Iterator[Client]:
     """Within this context signals are ours."""
     with Signals() as signals:
-        yield Client(open_bucket(settings.bucket), open_backend(settings), report, signals)
+        yield Client(open_bucket(settings.bucket), open_backend(settings), report, signals, settings.bounds)

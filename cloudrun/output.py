@@ -1,4 +1,7 @@
-"""main.py's output on its last stretch: from the bucket to our stdout and stderr, byte for byte."""
+"""main.py's output on its last stretch: from the bucket to our stdout and stderr, byte for byte.
+
+Unless that is a terminal: then only what cannot harm it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from cloudrun.errors import Corrupt, Missing
 from cloudrun.formats import read_frames
 from cloudrun.report import Report
 from cloudrun.storage import Bucket
+from cloudrun.terminal import Filter
 
 PIPE_PIECE = 4096  # select promises that so much can be written to a pipe without blocking
 WAIT_SECONDS = 0.1
@@ -31,6 +35,7 @@ class Output:
         self.closed = False
         self._bucket, self._prefix, self._report, self._tick = bucket, prefix, report, tick
         self._lost: set[int] = set()
+        self._filters = {fd: Filter() for fd in (1, 2) if os.isatty(fd)}
         self._dropping = False
         self._next = 0.0
 
@@ -61,13 +66,13 @@ class Output:
             return
         self._report.clear()
         try:
-            self._write_all(fd, data)
+            self._write_all(fd, memoryview(self._filters[fd](bytes(data))) if fd in self._filters else data)
         except OSError as error:
             self._lost.add(fd)
             self.closed = self.closed or (error.errno == errno.EPIPE and fd == 1)
             if error.errno not in (errno.EPIPE, errno.EIO):
                 self._report.warn(f"cannot print the output here: {error.strerror}; see cloudrun logs")
-        self._report.unfinished = data[-1] != 10 and os.isatty(fd)
+        self._report.unfinished = data[-1] != 10 and fd in self._filters
 
     def _write_all(self, fd: int, data: memoryview) -> None:
         plain = stat.S_ISREG(os.fstat(fd).st_mode)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quote
 from typing import IO
 
+from cloudrun.config import USUAL, Bounds
 from cloudrun.errors import CloudrunError, Corrupt, Missing
 from cloudrun.formats import Entry, digest_of, parse, read_entry, shown
 from cloudrun.order import Order
 from cloudrun.project import DATA
-from cloudrun.report import Report
+from cloudrun.report import Report, human_bytes
 from cloudrun.storage import Bucket
 
 MAX_OUTPUTS = 256 << 20  # bytes of outputs.json, which comes from a machine that is not ours
@@ -54,9 +55,24 @@ def outputs_in(data: bytes, name: str, order: Order) -> list[Entry]:
     return entries
 
 
-def pull(bucket: Bucket, order: Order, root: str, report: Report) -> Pulled:
+def check_amount(entries: list[Entry], bounds: Bounds) -> None:
+    """Raises CloudrunError, before anything is fetched, for more than the user wants to have."""
+    size = sum(entry.size for entry in entries)
+    if len(entries) > bounds.files:
+        much, raised = f"{len(entries):,} files, more than {bounds.files:,.0f}", "CLOUDRUN_FETCH_FILES"
+    elif size > bounds.gigabytes * 1e9:
+        much, raised = f"{human_bytes(size)}, more than {bounds.gigabytes:g} GB", "CLOUDRUN_FETCH_GB"
+    else:
+        return
+    raise CloudrunError(
+        f"the run wants to bring home {much}: nothing was fetched; raise {raised} and run `cloudrun pull`"
+    )
+
+
+def pull(bucket: Bucket, order: Order, root: str, report: Report, bounds: Bounds = USUAL) -> Pulled:
     """Put the outputs into the project at `root`. Raises CloudrunError; what was fetched until then stays."""
     entries = outputs(bucket, order)
+    check_amount(entries, bounds)
     sent = _sent(bucket, order, {entry.path for entry in entries}) if entries else {}
     work, total = _Pull(bucket, order, root, sent), sum(entry.size for entry in entries)
     for number, entry in enumerate(entries):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from cloudrun.backends import Backend, Boot, Offer
 from cloudrun.bill import Ended, Patience, close, end_of, ends_of, see_ended
-from cloudrun.config import Settings
+from cloudrun.config import USUAL, Bounds, Settings
 from cloudrun.errors import BucketError, CloudrunError, Conflict, Interrupted, NoCapacity, UsageError
 from cloudrun.follow import Seen, conclude, follow, requested_end, since_boot
 from cloudrun.formats import canonical, timestamp
@@ -34,6 +34,7 @@ class Client:
     backend: Backend
     report: Report
     signals: Signals
+    bounds: Bounds = USUAL
     identity: str = field(
         default_factory=lambda: f"{os.uname().nodename}-{os.getpid()}-{os.urandom(4).hex()}"
     )

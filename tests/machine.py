@@ -1,6 +1,7 @@
 """Parts of a machine for tests: interpreters, buckets with an order, the guard or the agent on its own."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,16 +64,30 @@ def alive(pid):
 
 
 def with_role(role, folder):
-    """The processes of a machine below `folder` that have this CLOUDRUN_ROLE, oldest first."""
+    """The processes of a machine below `folder` that are guard, agent or program, oldest first."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):
             environ = Path(f"/proc/{name}/environ").read_bytes().split(b"\0")
-            if f"CLOUDRUN_ROLE={role}".encode() in environ and any(
-                item.startswith(b"CLOUDRUN_INSTANCE=" + os.fsencode(str(folder))) for item in environ
-            ):
+            mine = any(item.startswith(b"CLOUDRUN_INSTANCE=" + os.fsencode(str(folder))) for item in environ)
+            if mine and role_of(name, environ) == role:
                 found.append(int(name))
     return sorted(found)
+
+
+def role_of(pid, environ):
+    """Its CLOUDRUN_ROLE; the agent is a fork of the guard, with the guard's environment and its own name."""
+    if Path(f"/proc/{pid}/comm").read_bytes() == b"cloudrun-agent\n":
+        return "agent"
+    return next((item[14:].decode() for item in environ if item.startswith(b"CLOUDRUN_ROLE=")), "")
+
+
+def archived(source):
+    """A program as the zip archive that a guard runs."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("__main__.py", source)
+    return buffer.getvalue()
 
 
 def signal_all(pids, signum):

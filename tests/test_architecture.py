@@ -26,7 +26,7 @@ LAYERS = (
     ("bill",),
     ("late", "handover"),
     ("output", "pull", "send", "runs"),
-    ("order", "receipt", "zipapp", "report", "signals"),
+    ("order", "receipt", "zipapp", "report", "signals", "terminal"),
     ("index",),
     ("backends.local", "backends.gcp"),
     ("backends.gcp_api", "backends.gcp_boot", "backends.gcp_vm"),
@@ -72,6 +72,7 @@ CATCH_ALL = {
     "agent/save.py: every_so_often",  # what goes wrong now can go right the next time
     "agent/watch.py: run",  # an error of a thread is kept for who waits for it
     "cli.py: main",  # the error boundary
+    "guard.py: be_agent",  # a fork must not go on as a second guard
     "guard.py: main",  # the machine has to end, whatever it is
     "doctor/__init__.py: _work",  # a check that breaks must not hide the others
     "background.py: _run",  # an error of a thread is kept for who waits for it
@@ -240,7 +241,7 @@ def test_the_package_stays_small(part: str, most: int) -> None:
 
 
 def test_the_guard_stays_small() -> None:
-    assert code_lines(PACKAGE / "guard.py") <= 150
+    assert code_lines(PACKAGE / "guard.py") <= 180  # a way to fetch and a way to end for each kind of place
 
 
 def test_no_file_is_long() -> None:

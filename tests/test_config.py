@@ -56,7 +56,7 @@ def test_the_project() -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e999", "two", "1,5", " "])
-@pytest.mark.parametrize("name", ["CLOUDRUN_MAX_HOURS", "CLOUDRUN_MAX_COST"])
+@pytest.mark.parametrize("name", ["CLOUDRUN_MAX_HOURS", "CLOUDRUN_MAX_COST", "CLOUDRUN_FETCH_GB"])
 def test_numbers(name: str, value: str) -> None:
     with pytest.raises(UsageError, match=f"{name}={re.escape(value)}: not a number above 0"):
         from_env({name: value}, HERE)

@@ -13,7 +13,7 @@ import zlib
 from contextlib import suppress
 
 import pytest
-from machine import GUARD, VERSIONS, alive, interpreter, wait_until
+from machine import GUARD, VERSIONS, alive, archived, interpreter, wait_until
 
 from cloudrun.zipapp import slim
 
@@ -33,7 +33,7 @@ class Guard:
         self.folder, self.bucket = folder / "machine", folder / "bucket"
         self.folder.mkdir()
         self.bucket.mkdir()
-        agent = (TOY + toy).encode()
+        agent = archived(TOY + toy)
         (self.bucket / "agent").write_bytes(agent)
         self.boot = {
             "backend": "local",

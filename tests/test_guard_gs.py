@@ -8,9 +8,11 @@ import sys
 import pytest
 from cloud.storage import Storage
 from cloud.storage_tokens import Metadata
-from machine import GUARD, VERSIONS, interpreter
+from machine import GUARD, VERSIONS, archived, interpreter
 
-AGENT = b"import os; print('the agent ran', flush=True); os.write(int(os.environ['CLOUDRUN_GUARD']), b'R')"
+AGENT = archived(
+    "import os; print('the agent ran', flush=True); os.write(int(os.environ['CLOUDRUN_GUARD']), b'R')"
+)
 NAME = "p/blobs/an agent%2F\u00e9"
 
 

@@ -7,6 +7,7 @@ import stat
 
 import pytest
 
+from cloudrun.config import Bounds
 from cloudrun.errors import CloudrunError, Corrupt
 from cloudrun.formats import Entry, canonical, digest_of, entry_line, timestamp
 from cloudrun.order import Order
@@ -440,3 +441,20 @@ def test_json_in_the_manifest_is_what_is_expected():
     line = entry_line(Entry("model/a", 0o644, 1, sha(b"1")))
     assert line.startswith('{"path":"model/a","mode":')
     assert json.loads(line)["sha256"] == sha(b"1")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "size", "words"),
+    [
+        (Bounds(files=1), 1, "2 files, more than 1: nothing was fetched; raise CLOUDRUN_FETCH_FILES"),
+        (Bounds(), 10**12, "1.0 TB, more than 200 GB: nothing was fetched; raise CLOUDRUN_FETCH_GB"),
+        (Bounds(), 10**400, "outputs.json is damaged"),
+    ],
+)
+def test_more_than_the_user_wants_is_refused_before_anything_is_fetched(run, project, bounds, size, words):
+    run.saved({"model/a": b"a"})
+    one = {"path": "model/b", "mode": 0o644, "size": size, "sha256": sha(b"b")}
+    run.name([{"path": "model/a", "mode": 0o644, "size": 1, "sha256": sha(b"a")}, one])
+    with pytest.raises(CloudrunError, match=words):
+        pull(run.bucket, ORDER, str(project), REPORT, bounds)
+    assert not (project / "model" / "a").exists()

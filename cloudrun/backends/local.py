@@ -31,6 +31,7 @@ BOOT_SECONDS = 1.0
 KEPT_SECONDS = 45 * 24 * 3600.0  # what a machine left behind; no run takes that long
 GUARD = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "guard.py")
 KILL_SECONDS = 10.0
+AGENT = b"cloudrun-agent\n"  # the name that the agent gives itself
 
 
 class LocalBackend:
@@ -141,7 +142,7 @@ class LocalBackend:
                 pairs = (item.partition("=") for item in os.fsdecode(environ).split("\0"))
                 mark = {key: value for key, _, value in pairs if key.startswith("CLOUDRUN_")}
                 if mark.get("CLOUDRUN_INSTANCE", "").startswith(ours):
-                    yield pid, mark
+                    yield pid, {**mark, "CLOUDRUN_ROLE": _role(pid, mark)}
 
     def _members(self, name: str) -> tuple[set[int], set[int]]:
         """(guards, all others): what carries the mark, what descends from it, what works in its directory."""
@@ -158,6 +159,14 @@ def _environ(pid: int) -> bytes:
     with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
         return file.read()
     return b""
+
+
+def _role(pid: int, mark: dict[str, str]) -> str:
+    """The agent is a fork of the guard, so that its own environment still tells what the guard is."""
+    with suppress(OSError), open(f"/proc/{pid}/comm", "rb") as file:
+        if file.read() == AGENT:
+            return "agent"
+    return mark.get("CLOUDRUN_ROLE", "")
 
 
 def _working_in(folder: str) -> Iterator[int]:

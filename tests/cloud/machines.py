@@ -39,6 +39,7 @@ class Hardware(NamedTuple):
     environ: dict[str, str]
     guest_stop: float  # how long the guest waits at its own shutdown before it kills (systemd: 90 s)
     network: bool = True
+    container: dict[str, Any] | None = None  # what guest/docker_init.py is to run, in place of a whole system
 
 
 def search_path() -> str:
@@ -92,6 +93,7 @@ class Machine:
             "environ": self.hardware.environ,
             "no_network": not self.hardware.network,
             "path": search_path(),
+            "container": self.hardware.container,
             "console": console,
         }
         try:

@@ -7,12 +7,13 @@ import sys
 import tempfile
 from contextlib import contextmanager, suppress
 
+import gce
 import pytest
+import vast_client
 from cloud import machines
-from gce import need_client
 from machine import ROOT, SHORT, wait_until, with_role
 from meter import Meter
-from places import GcpPlace, LocalPlace
+from places import GcpPlace, LocalPlace, VastPlace
 
 LIMITS = {
     **SHORT,
@@ -141,13 +142,17 @@ def here(tmp_path):
     found.close()
 
 
+CLOUDS = {"gcp": (gce.need_client, GcpPlace), "vast": (vast_client.need_client, VastPlace)}
+
+
 @contextmanager
-def on_google_cloud(top):
+def on_cloud(name, top):
+    need_client, place = CLOUDS[name]
     need_client()
     if reason := machines.unavailable():
         pytest.skip(reason)
     with tempfile.TemporaryDirectory(dir=machines.disk_root(), ignore_cleanup_errors=True) as disks:
-        found = Machinery(top, GcpPlace(disks))
+        found = Machinery(top, place(disks))
         yield found
         found.close()
 
@@ -155,15 +160,22 @@ def on_google_cloud(top):
 @pytest.fixture
 def gcp(tmp_path):
     """Machines of the emulated Google Cloud: for what only they have."""
-    with on_google_cloud(tmp_path) as found:
+    with on_cloud("gcp", tmp_path) as found:
         yield found
 
 
-@pytest.fixture(params=["local", "gcp"])
+@pytest.fixture
+def vast(tmp_path):
+    """Containers of the emulated vast.ai: for what only they have."""
+    with on_cloud("vast", tmp_path) as found:
+        yield found
+
+
+@pytest.fixture(params=["local", "gcp", "vast"])
 def machinery(request, tmp_path):
     """Machines everywhere: the life of a run is the same."""
-    if request.param == "gcp":
-        with on_google_cloud(tmp_path) as found:
+    if request.param in CLOUDS:
+        with on_cloud(request.param, tmp_path) as found:
             yield found
         return
     found = Machinery(tmp_path)

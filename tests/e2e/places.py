@@ -1,4 +1,4 @@
-"""Where the machines of the end-to-end tests are: on this computer, or on the emulated Google Cloud."""
+"""Where the machines of the end-to-end tests are: on this computer, or on an emulated cloud."""
 
 import json
 import os
@@ -10,7 +10,8 @@ from pathlib import Path
 from cloud.compute import Cloud
 from cloud.project import Timing
 from cloud.storage import Storage
-from machine import wait_until
+from cloud.vast import Vast
+from machine import role_of, wait_until
 
 QUICK = Timing(0.02, 0.02, boot=0.05, stopping=0.02, deleting=0.02, guest_standard=4.0, guest_spot=4.0)
 
@@ -40,36 +41,28 @@ class CloudMeter:
         """The cloud is closed by who opened it."""
 
 
-class GcpPlace:
+class CloudPlace:
     """Where the machines of a Machinery are: `settings` to reach them, and what is in their bucket."""
 
-    least_billed = 60  # seconds
-
-    def __init__(self, folder):
-        self.limits = {"look": 0.1, "appears": 1.0, "boot_least": 1.0}
+    def __init__(self, cloud):
         self.storage = Storage()
         self.storage.__enter__()
         self.storage.create_bucket("b")
-        self.cloud = Cloud(Path(folder), timing=QUICK)
-        self.meter = CloudMeter(self.cloud)
+        self.cloud, self.meter = cloud, CloudMeter(cloud)
 
     def settings(self):
         return {
             **self.cloud.environ(),
             "STORAGE_EMULATOR_HOST": self.storage.url,
             "GCS_DIR": "gs://b/runs",
-            "CLOUDRUN_BACKEND": "gcp",
-            "CLOUDRUN_PRICE": "0",
-            "VM_GPU": "none",
-            "VM_SPOT": "1",
         }
 
     def role(self, name):
-        """The processes on all machines with this CLOUDRUN_ROLE, oldest first."""
+        """The processes on all machines that are guard, agent or program, oldest first."""
         found = []
         for pid in (pid for machine in self.cloud.all_machines for pid in machine.processes()):
             with suppress(OSError):
-                if f"CLOUDRUN_ROLE={name}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if role_of(pid, Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")) == name:
                     found.append(pid)
         return sorted(found)
 
@@ -82,16 +75,49 @@ class GcpPlace:
     def open_runs(self):
         return [path for path in self.storage.objects("b") if path.startswith("runs/open/")]
 
+    def close(self):
+        self.cloud.close()
+        self.storage.__exit__(None, None, None)
+        assert self.cloud.violations == []
+
+
+class GcpPlace(CloudPlace):
+    least_billed = 60  # seconds
+
+    def __init__(self, folder):
+        super().__init__(Cloud(Path(folder), timing=QUICK))
+        self.limits = {"look": 0.1, "appears": 1.0, "boot_least": 1.0}
+
+    def settings(self):
+        gcp = {"CLOUDRUN_BACKEND": "gcp", "CLOUDRUN_PRICE": "0", "VM_GPU": "none", "VM_SPOT": "1"}
+        return {**super().settings(), **gcp}
+
     def take_away(self):
         (name,) = self.cloud.meter.running()
         self.cloud.preempt(name)
 
     def close(self):
-        self.cloud.close()
-        self.storage.__exit__(None, None, None)
-        assert self.cloud.violations == []
+        super().close()
         for insert in self.cloud.inserts():
             assert int(insert.body["scheduling"]["maxRunDuration"]["seconds"]) >= 30
+
+
+class VastPlace(CloudPlace):
+    """Only a destroyed container is `ended` for the meter: its disk is billed until then."""
+
+    least_billed = 0
+
+    def __init__(self, folder):
+        super().__init__(Vast(Path(folder)))
+        self.limits = {"look": 0.1, "appears": 1.0, "boot_least": 1.0}
+
+    def settings(self):
+        return {**super().settings(), "CLOUDRUN_BACKEND": "vast", "VM_GPU": "RTX 4090"}
+
+    def take_away(self):
+        """Somebody bids more."""
+        (number,) = self.cloud.meter.running()
+        self.cloud.outbid(number)
 
 
 class LocalPlace:

@@ -278,6 +278,15 @@ def test_errors_are_coloured_on_a_terminal(home: Home) -> None:
     assert code == 2 and "\x1b[31mcloudrun: there is no file nothing.py" in seen
 
 
+def test_a_terminal_is_safe_from_the_program_and_a_pipe_gets_every_byte(home: Home) -> None:
+    text = "\x1b[31mred\x1b[0m\x1b]0;title\x07\x1b[2J\x1b[H 5%\r10%\x1b[Aend\x9b2J\n"
+    project = home.project(f"import sys\nsys.stdout.buffer.write({text.encode()!r})\n")
+    code, seen = Terminal(home, project, "-q", "main.py").read()
+    assert (code, seen) == (0, "\x1b[31mred\x1b[0m 5%\r10%end2J\n")
+    done = subprocess.run([*COMMAND, "-q", "main.py"], cwd=project, env=home.env, capture_output=True)
+    assert done.stdout == text.encode()
+
+
 def test_ctrl_c_on_a_terminal_reaches_the_program_through_the_bucket_only(home: Home) -> None:
     terminal = Terminal(home, home.project(SLEEPER), "main.py")
     terminal.read_until(b"running")

@@ -14,6 +14,7 @@ import signal
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import container
 import disk
 import init
 
@@ -50,7 +51,7 @@ def machine(config, alive):
             os._exit(1)
         unshare(NEWNS)
         disk.mount_all(config)
-        init.run(config)
+        (container if config["container"] else init).run(config)
     except BaseException as error:
         os.write(2, f"the machine cannot boot: {error!r}\n".encode())
     os._exit(1)

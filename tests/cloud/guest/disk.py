@@ -71,7 +71,7 @@ def overlay(lower, folder, target):
     upper, work = os.path.join(folder, "upper"), os.path.join(folder, "work")
     if not os.path.isdir(upper):
         # To an ordinary user's namespace the host's root is nobody, in whose directories nobody may write.
-        for inner in ("lib", "cache") if os.path.basename(folder) == "var" else ("",):
+        for inner in ("lib", "cache", "log") if os.path.basename(folder) == "var" else ("",):
             os.makedirs(os.path.join(upper, inner))
         os.makedirs(work)
         # A merged directory shows the owner and mode of its uppermost part.
@@ -92,22 +92,21 @@ def overlay(lower, folder, target):
 
 def install(hardware, config):
     """The programs of this machine that the host's own must not stand in for."""
-    tools = os.path.dirname(os.path.abspath(__file__))
-    sbin, usr_bin = (hardware + os.path.realpath(path) for path in ("/sbin", "/usr/bin"))
+    sbin, usr_bin = (os.path.realpath(path) for path in ("/sbin", "/usr/bin"))
     for path in (sbin, usr_bin):
-        os.makedirs(path, exist_ok=True)
-    for name in POWER:
-        shutil.copyfile(os.path.join(tools, "power.sh"), os.path.join(sbin, name))
-        os.chmod(os.path.join(sbin, name), 0o755)
-    for name, tool in (("systemctl", "power.sh"), ("systemd-run", "systemd_run.py")):
-        shutil.copyfile(os.path.join(tools, tool), os.path.join(usr_bin, name))
-        os.chmod(os.path.join(usr_bin, name), 0o755)
-    smi = os.path.join(usr_bin, "nvidia-smi")
-    if config["gpu"]:
-        shutil.copyfile(os.path.join(tools, "nvidia-smi.sh"), smi)
-        os.chmod(smi, 0o755)
-    elif os.path.exists("/usr/bin/nvidia-smi"):
-        os.mknod(smi, 0o20000)  # device 0:0 is the overlay's word for "not there"
+        os.makedirs(hardware + path, exist_ok=True)
+    tools = {f"{sbin}/{name}": "power.sh" for name in POWER}
+    tools |= {f"{usr_bin}/systemctl": "power.sh", f"{usr_bin}/systemd-run": "systemd_run.py"}
+    if config["container"]:  # nothing in it has power over the machine
+        tools = {**dict.fromkeys(tools, ""), f"{sbin}/docker-init": "docker_init.py"}
+    tools[f"{usr_bin}/nvidia-smi"] = "nvidia-smi.sh" if config["gpu"] else ""
+    for path, tool in tools.items():
+        if tool:
+            here = os.path.dirname(os.path.abspath(__file__))
+            shutil.copyfile(os.path.join(here, tool), hardware + path)
+            os.chmod(hardware + path, 0o755)
+        elif os.path.lexists(path):
+            os.mknod(hardware + path, 0o20000)  # device 0:0 is the overlay's word for "not there"
 
 
 def mount_devices(root, config):
@@ -127,7 +126,8 @@ def mount_devices(root, config):
     mount("devpts", os.path.join(at["dev"], "pts"), "devpts", NOSUID, "newinstance,ptmxmode=0666,mode=620")
     os.symlink("pts/ptmx", os.path.join(at["dev"], "ptmx"))
     os.mkfifo(os.path.join(at["dev"], "ttyS0"), 0o600)  # init reads it: the serial console
-    os.makedirs(os.path.join(at["run"], "systemd", "system"))  # what sd_booted(3) looks for
+    if not config["container"]:
+        os.makedirs(os.path.join(at["run"], "systemd", "system"))  # what sd_booted(3) looks for
     shared = os.path.join(at["run"], "hardware")
     os.mkdir(shared)
     mount(config["hardware"], shared, None, BIND)

@@ -15,13 +15,13 @@ from cloudrun.config import Settings
 from cloudrun.errors import BucketError, CloudrunError, UsageError
 from cloudrun.follow import NOW, request_end
 from cloudrun.formats import seconds_of
-from cloudrun.late import collect
+from cloudrun.late import collect, goes_alone
 from cloudrun.order import Order, here
 from cloudrun.output import Output
 from cloudrun.receipt import Outcome, user_code
 from cloudrun.report import human_seconds
 from cloudrun.run import Client, see_through
-from cloudrun.runs import attempt_object, find_run, last_attempt, load, open_runs, read_bill, record
+from cloudrun.runs import find_run, last_attempt, load, open_runs, read_bill, record
 from cloudrun.sweep import sweep
 
 COLUMNS = "{:<44} {:<9} {:<8} {:>14} {:>12}"
@@ -116,7 +116,7 @@ def stop(client: Client, settings: Settings, run: str | None, *, now: bool) -> i
     if read_bill(client.bucket, order):
         client.report.say(f"{order.run} has ended already")
         return 0
-    if not now and _goes_alone(client, order):
+    if not now and goes_alone(client.bucket, order):
         client.report.say(following.ALONE)
         now = True
     request_end(client.bucket, order.prefix, NOW if now else 1, "stop")
@@ -128,14 +128,6 @@ def stop(client: Client, settings: Settings, run: str | None, *, now: bool) -> i
         outcome = see_through(client, order)
     client.report.say(last_line(client.bucket, order, outcome))
     return 0
-
-
-def _goes_alone(client: Client, order: Order) -> bool:
-    """Whether its machine hears nobody any more: see cloudrun.handover."""
-    if not order.stranger:
-        return False
-    state = attempt_object(client.bucket, order, last_attempt(client.bucket, order), "state")
-    return state is not None and state.get("alone") is True
 
 
 def pull(client: Client, settings: Settings, run: str | None) -> int:

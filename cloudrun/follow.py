@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import signal
-import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cloudrun import handover
 from cloudrun.errors import UNKNOWN, BucketError, CloudrunError, Conflict, Corrupt, Missing
 from cloudrun.formats import canonical, parse, seconds_of
-from cloudrun.late import collect
+from cloudrun.handover import Renewals
+from cloudrun.late import collect, is_alone
 from cloudrun.order import Order
 from cloudrun.output import Output
 from cloudrun.receipt import Outcome, billed_outcome, outcome_of, read_receipt, user_code
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.5  # between two looks at the machine, and two tries at a bucket that is out of reach
 LAST_WORDS_SECONDS = 0.5  # in which the bucket may show what a machine wrote just before it went
-RETRY_SECONDS = 10.0  # after which a fresh token is tried for again
 NOW = 2
 ALONE = (
     "no client was there to renew the machine's token, and it goes on alone: nothing more of its output "
@@ -141,7 +139,8 @@ class _Follower:
         self._counted = self._told = 0
         self._looked = self._beaten = self._stated = self._told_at = 0.0
         self._beats = itertools.count(1)
-        self._hand_at, self._said_alone = 0.0, False
+        self._said_alone = False
+        self._renewals = Renewals(client.bucket, order, attempt, client.report.detail)
 
     def step(self, *, show: bool, detach: bool) -> Seen | None:
         if self.tick():
@@ -166,15 +165,6 @@ class _Follower:
             time.sleep(self.client.bucket.pace)
         return seen
 
-    def _hand_over(self) -> None:
-        """A fresh token for a stranger's machine, well before the old one ends. May take seconds."""
-        try:
-            life = handover.renew(self.client.bucket, self.order, self.attempt)
-            self._hand_at = time.monotonic() + handover.RENEW * life
-        except CloudrunError as error:  # there is time to try again
-            self._hand_at = time.monotonic() + RETRY_SECONDS
-            self.client.report.detail(str(error))
-
     def tick(self) -> bool:
         """What must not wait for anybody: signals, the deadline, our sign of life. True: end it now."""
         if self.mine:
@@ -192,16 +182,15 @@ class _Follower:
                 self._beaten = now
                 beat = {"client": self.client.identity, "beat": next(self._beats)}
                 self.client.bucket.put(self.order.prefix + "/client.json", canonical(beat))
-        if self.order.stranger and self.alive and now > self._hand_at and not self.alone:
-            self._hand_at = float("inf")
-            threading.Thread(target=self._hand_over, daemon=True).start()
+        if self.alive and not self.alone:
+            self._renewals.step()
         heard = NOW if not self.alone else 1  # who hears nobody cannot be asked to end main.py
         return len(self.asked) >= heard or since_boot() > self.end_at
 
     @property
     def alone(self) -> bool:
         """Whether the machine's token has run out, and it goes on without hearing or telling anything."""
-        return self.order.stranger and self.state.get("alone") is True
+        return is_alone(self.order, self.state)
 
     def _tell(self, level: int) -> None:
         """Ask the agent to end main.py; when asked twice, our caller ends the machine."""

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from cloudrun import account
 from cloudrun.background import Background
-from cloudrun.errors import BucketError, BucketRefused, Corrupt, Missing
+from cloudrun.errors import BucketError, BucketRefused, CloudrunError, Corrupt, Missing
 from cloudrun.formats import canonical, parse
 from cloudrun.order import Order
 from cloudrun.storage import Bucket
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from cloudrun.storage.gcs import GcsBucket
 
 HOURS = 160.0  # the longest run on a stranger's machine: a session is forgotten after 168
+RETRY_SECONDS = 10.0  # after a token that could not be made
 RENEW = 0.4  # of a token's life, after which it gets a fresh one
 COUNT = 24  # of sessions for saves, and of those for the log
 WORKERS = 16
@@ -48,7 +51,7 @@ def give(bucket: Bucket, order: Order, attempt: int) -> dict[str, Any]:
 
     Nothing where nobody is asked for credentials, as by an emulator. Raises BucketError.
     """
-    token = exchange(bucket.url, order, attempt, os.environ)
+    token = _token(bucket, order, attempt)
     if token is None:
         return {}
     name = sessions_name(order, attempt)
@@ -60,11 +63,36 @@ def give(bucket: Bucket, order: Order, attempt: int) -> dict[str, Any]:
 
 def renew(bucket: Bucket, order: Order, attempt: int) -> float:
     """Hand a fresh token over. Returns the seconds that it is good for. Raises BucketError."""
-    token = exchange(bucket.url, order, attempt, os.environ)
+    token = _token(bucket, order, attempt)
     if token is None:
         return float("inf")
     bucket.put(token_name(order), canonical({"token": token.value, "seconds": token.seconds}))
     return token.seconds
+
+
+class Renewals:
+    """Hands fresh tokens over as long as a client is there, well before the old ones end.
+
+    `tell`: hears why one could not be made; it is tried again.
+    """
+
+    def __init__(self, bucket: Bucket, order: Order, attempt: int, tell: Callable[[str], None]) -> None:
+        self._what, self._tell = (bucket, order, attempt), tell
+        self._due = 0.0 if order.stranger else float("inf")
+
+    def step(self) -> None:
+        """On a thread: it may take seconds, and signals must not wait."""
+        if time.monotonic() > self._due:
+            self._due = float("inf")
+            threading.Thread(target=self._renew, daemon=True).start()
+
+    def _renew(self) -> None:
+        pause = RETRY_SECONDS
+        try:
+            pause = RENEW * renew(*self._what)
+        except CloudrunError as error:
+            self._tell(str(error))
+        self._due = time.monotonic() + pause
 
 
 def token_name(order: Order) -> str:
@@ -78,14 +106,19 @@ def sessions_name(order: Order, attempt: int) -> str:
 # --- the token
 
 
-def exchange(url: str, order: Order, attempt: int, environ: Mapping[str, str]) -> Token | None:
+def _token(bucket: Bucket, order: Order, attempt: int) -> Token | None:
+    if not bucket.url.startswith("gs://"):
+        return None
+    allowed = boundary(bucket.url, order.project, order.prefix, attempt, order.outputs)
+    return exchange(allowed, os.environ)
+
+
+def exchange(allowed: dict[str, Any], environ: Mapping[str, str]) -> Token | None:
     """None if nobody is asked for credentials there. Raises BucketError."""
     from google.auth.exceptions import GoogleAuthError, TransportError
     from google.auth.transport.requests import Request
     from google.oauth2 import sts
 
-    if not url.startswith("gs://"):
-        return None
     base = environ.get(STS, "https://sts.googleapis.com/").rstrip("/")
     try:
         found = account.acting(environ, environ.get("STORAGE_EMULATOR_HOST", ""))
@@ -98,7 +131,7 @@ def exchange(url: str, order: Order, attempt: int, environ: Mapping[str, str]) -
             subject_token=found.token,
             subject_token_type=ACCESS,
             requested_token_type=ACCESS,
-            additional_options=boundary(url, order, attempt),
+            additional_options=allowed,
         )
     except TransportError as error:
         raise BucketError(f"cannot reach Google for a token for the machine: {error}; try again") from None
@@ -117,18 +150,18 @@ def _left(found: Any) -> float:
     return float((found.expiry - _helpers.utcnow()).total_seconds()) if found.expiry else 3600.0
 
 
-def boundary(url: str, order: Order, attempt: int) -> dict[str, Any]:
+def boundary(url: str, project: str, prefix: str, attempt: int, outputs: list[str]) -> dict[str, Any]:
     """All that the token may do: see the table below. What stands in the bucket already stays as it is,
     so that no machine can change what later clients believe: the order, claims, the bill.
     """
     bucket, _, directory = url.removeprefix("gs://").partition("/")
     top = directory + "/" if directory else ""
-    run, here = f"{top}{order.prefix}/", f"{top}{order.prefix}/attempts/{attempt}/"
+    run, here = f"{top}{prefix}/", f"{top}{prefix}/attempts/{attempt}/"
     added = [here, *(run + name for name in ("saved/", "receipt.json", "outputs.json"))]
     table = (
-        ("legacyObjectReader", [f"{top}{order.project}/blobs/"]),
+        ("legacyObjectReader", [f"{top}{project}/blobs/"]),
         ("objectViewer", [run]),
-        ("objectCreator", [*added, *(f"{run}{path}/" for path in order.outputs[:TOPS])]),
+        ("objectCreator", [*added, *(f"{run}{path}/" for path in outputs[:TOPS])]),
         ("objectUser", [run + "outputs.json", here + "state.json"]),  # to replace is to delete as well
     )
     rules = [_rule(bucket, role, names) for role, names in table]

@@ -9,13 +9,14 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cloudrun.errors import Conflict, Corrupt, Missing
 from cloudrun.formats import HEX64, parse
 from cloudrun.order import Order
 from cloudrun.pull import MAX_OUTPUTS, outputs_in
 from cloudrun.receipt import FIELDS, MAX_RECEIPT
+from cloudrun.runs import attempt_object, last_attempt
 from cloudrun.storage import MAX_OBJECT, Bucket
 
 MAX_INDEX = 64 << 20  # bytes of an archive's first line
@@ -65,6 +66,16 @@ def collect(bucket: Bucket, order: Order, tell: Callable[[str], None] = lambda t
     for attempt in bucket.dirs(order.prefix + "/attempts/"):
         if attempt.isdigit():
             _Late(bucket, order, int(attempt)).collect(tell)
+
+
+def is_alone(order: Order, state: dict[str, Any]) -> bool:
+    """Whether a machine that says this of itself hears nobody any more, and nobody it."""
+    return order.stranger and state.get("alone") is True
+
+
+def goes_alone(bucket: Bucket, order: Order) -> bool:
+    attempt = last_attempt(bucket, order) if order.stranger else 0
+    return is_alone(order, attempt_object(bucket, order, attempt, "state") or {})
 
 
 class _Late:

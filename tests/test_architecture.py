@@ -16,6 +16,7 @@ PACKAGE = TOP / "cloudrun"
 # Each line may import the lines below it, and itself only as far as ITSELF says.
 LAYERS = (
     ("cli",),
+    ("doctor.vast",),
     ("launch", "doctor.gcp"),
     ("doctor.access", "doctor.bucket", "doctor.machines"),
     ("doctor",),
@@ -49,6 +50,7 @@ OPENED = {
     ("backends", "backends.local"),
     ("backends", "backends.gcp"),
     ("doctor", "doctor.gcp"),
+    ("doctor", "doctor.vast"),
 }
 AGENT_MAY = {"agent", "background", "formats", "errors", "gs", "jsonapi", "processes", "storage"}
 SENT = (
@@ -220,13 +222,13 @@ def code_lines(path: Path) -> int:
 
 
 SIZES = {
-    "client": 3000,
+    "client": 3050,
     "agent": 900,
     "local": 450,
     "rented": 250,
     "gcp": 1900,
     "stranger": 450,
-    "doctor": 650,
+    "doctor": 750,
 }
 
 

@@ -77,6 +77,7 @@ class TokenServer:
         self.refresh = refresh  # {refresh token: principal}
         self.dead: set[str] = set()  # principals that are refused
         self.narrow_seconds: float | None = None  # the life of a downscoped token, if it is to be shorter
+        self.boundless = False  # downscoped tokens may do all that their source may
         self.calls: list[Call] = []
 
     def answer(self, call: Call) -> Reply:
@@ -140,7 +141,7 @@ class TokenServer:
         left = self.tokens.left(fields["subject_token"])
         seconds = left if self.narrow_seconds is None else self.narrow_seconds
         token = self.tokens.issue(source.principal, seconds=seconds, scopes=source.scopes)
-        self.tokens[token] = self.tokens[token]._replace(rules=rules)
+        self.tokens[token] = self.tokens[token]._replace(rules=None if self.boundless else rules)
         answer = {"access_token": token, "issued_token_type": sts.ACCESS, "token_type": "Bearer"}
         if source.principal.endswith(".gserviceaccount.com") or self.narrow_seconds is not None:
             answer["expires_in"] = seconds  # of a person's token it is not said: that of the source holds

@@ -30,7 +30,7 @@ COLUMNS = "{:<44} {:<9} {:<8} {:>14} {:>12}"
 def sweep_up(client: Client) -> int:
     """Every command first ends and closes what lost clients left. Returns an exit code, having said why."""
     try:
-        sweep(client.backend, client.bucket, client.report)
+        sweep(client.backend, client.bucket, client.report, client.bounds)
     except CloudrunError as error:
         client.report.error(str(error))
         return error.exit_code
@@ -46,7 +46,7 @@ def which(client: Client, settings: Settings, text: str | None, *, act: bool = F
             f"the machine of {order.run} is in {order.place} and cannot be seen from here, {settings.place}: "
             f"do that on the computer {order.origin[0]}, with the settings that the run was started with"
         )
-    collect(client.bucket, order, client.report.warn)
+    collect(client.bucket, order, client.report.warn, client.bounds)
     return order
 
 

@@ -231,7 +231,10 @@ class _Follower:
         if not self._said_alone:
             self._said_alone = True
             self.client.report.say(ALONE)
-        collect(self.client.bucket, self.order, self.client.report.warn)
+        self._collect()
+
+    def _collect(self) -> None:
+        collect(self.client.bucket, self.order, self.client.report.warn, self.client.bounds)
 
     def _read_state(self) -> None:
         state = attempt_object(self.client.bucket, self.order, self.attempt, "state")
@@ -290,7 +293,7 @@ class _Follower:
 
     def _gone(self, show: bool) -> Seen | None:
         with suppress(BucketError):
-            collect(self.client.bucket, self.order, self.client.report.warn)
+            self._collect()
             if show and self.output.step(hurry=True):
                 return None
             seen = self._read(show=False, detach=False)

@@ -35,6 +35,7 @@ COUNT = 24  # of sessions for saves, and of those for the log
 WORKERS = 16
 TOPS = 6  # outputs that the machine may copy under their own names: a condition must not get too long
 STS = "CLOUDSDK_API_ENDPOINT_OVERRIDES_STS"  # gcloud's own
+STORAGE = "STORAGE_EMULATOR_HOST"
 ACCESS = "urn:ietf:params:oauth:token-type:access_token"
 EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"
 
@@ -121,7 +122,7 @@ def exchange(allowed: dict[str, Any], environ: Mapping[str, str]) -> Token | Non
 
     base = environ.get(STS, "https://sts.googleapis.com/").rstrip("/")
     try:
-        found = account.acting(environ, environ.get("STORAGE_EMULATOR_HOST", ""))
+        found = account.acting(environ, environ.get(STORAGE, ""))
         if account.anonymous(found):
             return None
         found.refresh(Request())  # now, so that what is made of it is good for as long as can be

@@ -5,12 +5,12 @@ All of it is a stranger's data: sizes and counts are bounded, names are checked,
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from cloudrun.config import USUAL, Bounds
 from cloudrun.errors import Conflict, Corrupt, Missing
 from cloudrun.formats import HEX64, parse
 from cloudrun.order import Order
@@ -20,8 +20,6 @@ from cloudrun.runs import attempt_object, last_attempt
 from cloudrun.storage import MAX_OBJECT, Bucket
 
 MAX_INDEX = 64 << 20  # bytes of an archive's first line
-MAX_LATE = "CLOUDRUN_MAX_LATE"  # GB of one archive that are believed
-DEFAULT_GB = 100.0
 ARCHIVE = re.compile(r"(log|save)-[0-9]{3}\Z")
 CHUNK = re.compile(r"log/[0-9]{8}\Z")
 TRIES = 5  # to replace outputs.json, if others do so at the same time
@@ -55,17 +53,19 @@ class Contents:
         return self._piece.chunks()
 
 
-def collect(bucket: Bucket, order: Order, tell: Callable[[str], None] = lambda text: None) -> None:
+def collect(
+    bucket: Bucket, order: Order, tell: Callable[[str], None] = lambda text: None, bounds: Bounds = USUAL
+) -> None:
     """Put what arrived late where it belongs: chunks of the log and outputs first, then the receipt.
 
     An archive is removed when all of it is in its place; one that is torn, or lies, is left and told of.
-    Can be broken off and repeated. Raises BucketError.
+    Can be broken off and repeated. `bounds`: of all archives of an attempt together. Raises BucketError.
     """
     if not order.stranger:
         return
     for attempt in bucket.dirs(order.prefix + "/attempts/"):
         if attempt.isdigit():
-            _Late(bucket, order, int(attempt)).collect(tell)
+            _Late(bucket, order, int(attempt), bounds).collect(tell)
 
 
 def is_alone(order: Order, state: dict[str, Any]) -> bool:
@@ -81,8 +81,9 @@ def goes_alone(bucket: Bucket, order: Order) -> bool:
 class _Late:
     """What one attempt stored late."""
 
-    def __init__(self, bucket: Bucket, order: Order, attempt: int) -> None:
-        self.bucket, self.order, self.attempt = bucket, order, attempt
+    def __init__(self, bucket: Bucket, order: Order, attempt: int, bounds: Bounds) -> None:
+        self.bucket, self.order, self.attempt, self.bounds = bucket, order, attempt, bounds
+        self.files, self.bytes = 0, 0
         self.top = f"{order.prefix}/attempts/{attempt}/"
 
     def collect(self, tell: Callable[[str], None]) -> None:
@@ -106,14 +107,14 @@ class _Late:
             self.bucket.create(self.order.prefix + "/receipt.json", data)
 
     def logs(self, name: str) -> None:
-        for piece in pieces(self.bucket, name, os.environ):
+        for piece in self.pieces(name):
             if not CHUNK.match(piece.name):
                 raise Corrupt(f"{name} is damaged: {piece.name[:200]!r} has no place in it")
             with suppress(Conflict):
                 self.bucket.create(self.top + piece.name, piece.read(MAX_OBJECT))
 
     def saves(self, name: str) -> None:
-        *saved, last = pieces(self.bucket, name, os.environ)
+        *saved, last = self.pieces(name)
         if last.name != "outputs.json" or not all(_is_saved(piece.name) for piece in saved):
             raise Corrupt(f"{name} is damaged: it holds something else than outputs")
         here = set()
@@ -122,6 +123,20 @@ class _Late:
             if piece.name[6:] not in here:
                 raise Corrupt(f"{name} is damaged: {piece.name} is not what its name says")
         self.outputs(last.read(MAX_OUTPUTS), name, here)
+
+    def pieces(self, name: str) -> list[Piece]:
+        """Raises Corrupt if it would be too much, together with what was taken before; and Missing."""
+        size = self.bucket.size(name)
+        if size is None:
+            raise Missing(f"there is no {name}")
+        found, most = [], self.bounds.gigabytes * 1e9
+        if self.bytes + size <= most:
+            found = pieces(self.bucket, name, size)
+        if not found or self.files + len(found) > self.bounds.files:
+            raised = "CLOUDRUN_FETCH_FILES" if found else "CLOUDRUN_FETCH_GB"
+            raise Corrupt(f"{name} is more than is to come home: raise {raised} and run `cloudrun pull`")
+        self.bytes, self.files = self.bytes + size, self.files + len(found)
+        return found
 
     def outputs(self, data: bytes, source: str, here: set[str]) -> None:
         """Replace outputs.json, if these are newer and all that they name is stored."""
@@ -143,19 +158,9 @@ class _Late:
         raise Conflict(f"{name} is replaced by somebody else again and again; try again")
 
 
-def pieces(bucket: Bucket, name: str, environ: Mapping[str, str]) -> list[Piece]:
-    """What is in an archive, at least one. Raises Corrupt for one that is torn or too large, and Missing."""
-    size, head = bucket.size(name), b""
-    if size is None:
-        raise Missing(f"there is no {name}")
-    try:
-        most = float(environ.get(MAX_LATE) or DEFAULT_GB) * 1e9
-    except ValueError:
-        most = DEFAULT_GB * 1e9
-    if size > most:
-        raise Corrupt(
-            f"{name} has {size / 1e9:.1f} GB, and is not believed; {MAX_LATE}={size // 10**9 + 1} allows it"
-        )
+def pieces(bucket: Bucket, name: str, size: int) -> list[Piece]:
+    """What is in an archive of so many bytes, at least one. Raises Corrupt for one that is torn."""
+    head = b""
     for piece in bucket.chunks(name):
         head += piece
         if b"\n" in piece or len(head) > MAX_INDEX:

@@ -8,6 +8,7 @@ from typing import Any
 
 from cloudrun.backends import Backend, Instance
 from cloudrun.bill import Ended, Patience, close, ends_of, forget, see_ended
+from cloudrun.config import USUAL, Bounds
 from cloudrun.errors import BucketError, CloudrunError, Corrupt, StillRunning
 from cloudrun.follow import Seen, conclude, how_of
 from cloudrun.formats import parse, seconds_of
@@ -24,7 +25,7 @@ STRANGE_SECONDS = 3600.0  # past its deadline: a machine of which only this comp
 QUIET_SECONDS = 600.0  # a run without a machine may belong to a client that is just sending or creating
 
 
-def sweep(backend: Backend, bucket: Bucket, report: Report) -> None:
+def sweep(backend: Backend, bucket: Bucket, report: Report, bounds: Bounds = USUAL) -> None:
     """End machines that nobody will end, then close the bills of runs whose machines are gone.
 
     What goes wrong with one of them keeps nobody from the next one. Raises StillRunning at the end, for
@@ -41,7 +42,7 @@ def sweep(backend: Backend, bucket: Bucket, report: Report) -> None:
         report.warn(str(error))
     for run in sorted({*runs, *machines}):
         try:
-            _Visit(backend, bucket, report, run).pay(runs.get(run), machines.get(run, []))
+            _Visit(backend, bucket, report, run, bounds).pay(runs.get(run), machines.get(run, []))
         except StillRunning as error:
             still.append(str(error))
         except Exception as error:  # an order of another version, say: it must not hide the next machine
@@ -67,8 +68,9 @@ def overdue(instance: Instance, limits: dict[str, float], receipt: dict[str, Any
 class _Visit:
     """One run, looked after."""
 
-    def __init__(self, backend: Backend, bucket: Bucket, report: Report, run: str) -> None:
+    def __init__(self, backend: Backend, bucket: Bucket, report: Report, run: str, bounds: Bounds) -> None:
         self.backend, self.bucket, self.report, self.run = backend, bucket, report, run
+        self.bounds = bounds
         self.ended: dict[str, Ended] = {}
         self.console, self.how = "", "gone"
 
@@ -79,7 +81,7 @@ class _Visit:
         with suppress(BucketError):  # whatever the bucket says, a machine may have to be ended
             order = load(self.bucket, project, self.run) if project else None
             if order:
-                collect(self.bucket, order, self.report.warn)
+                collect(self.bucket, order, self.report.warn, self.bounds)
             receipt = read_receipt(self.bucket, prefix) if order else None
         limits = {**DEFAULTS, **order.limits} if order else {**DEFAULTS, "provider": STRANGE_SECONDS}
         for instance in machines:

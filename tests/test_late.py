@@ -6,6 +6,7 @@ import json
 import pytest
 from fakes import receipt_of
 
+from cloudrun.config import USUAL, Bounds
 from cloudrun.errors import BucketError, Conflict
 from cloudrun.formats import canonical, frame
 from cloudrun.late import collect
@@ -48,9 +49,9 @@ class Late(FolderBucket):
         self.create(LATE + name, data)
         return self
 
-    def collected(self):
+    def collected(self, bounds=USUAL):
         told = []
-        collect(self, order(), told.append)
+        collect(self, order(), told.append, bounds)
         return told
 
     def all(self):
@@ -209,13 +210,16 @@ def test_links_are_refused(bucket):
     assert bucket.all() == {}
 
 
-def test_a_large_archive_is_believed_only_if_the_user_says_so(bucket, monkeypatch):
-    monkeypatch.setenv("CLOUDRUN_MAX_LATE", "0.000001")
-    bucket.bring("save-001", GOOD)
-    assert "CLOUDRUN_MAX_LATE=1 allows it" in bucket.collected()[0]
-    assert bucket.all() == {}
-    monkeypatch.setenv("CLOUDRUN_MAX_LATE", "1")
-    assert bucket.collected() == [] and "outputs.json" in bucket.all()
+def test_a_large_archive_is_believed_only_if_the_user_says_so(bucket):
+    small = archive(outputs([]))
+    bucket.bring("save-001", small).bring("save-002", GOOD)
+    for few, raised in ((Bounds(9, len(small) / 1e9), "FETCH_GB"), (Bounds(2), "FETCH_FILES")):
+        (told,) = bucket.collected(few)
+        assert f"save-002 is more than is to come home: raise CLOUDRUN_{raised}" in told
+        assert bucket.left() == ["save-002"]
+        assert json.loads(bucket.get(TOP + "/outputs.json")[0])["files"] == []
+        bucket.bring("save-001", small)
+    assert bucket.collected() == [] and bucket.left() == []
 
 
 def test_files_of_other_names_are_left_alone(bucket):

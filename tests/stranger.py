@@ -23,35 +23,39 @@ REFRESH = "1//what-the-person-got-by-logging-in"
 
 
 class Google:
-    """A bucket, a token server, and the files of a person who has logged in."""
+    """A token server for the bucket `b` of this storage, and the files of a person who has logged in."""
 
-    def __init__(self, folder, storage, logins):
-        self.storage, self.logins, self.tokens = storage, logins, logins.tokens
-        storage.tokens = Granted(logins.tokens)
-        storage.create_bucket("b")
+    def __init__(self, folder, storage):
+        self._clock = Clock()
+        self.storage, self.logins = storage, TokenServer(Tokens(self._clock), {REFRESH: PERSON})
+        self.tokens = self.logins.tokens
+        storage.tokens = Granted(self.tokens)
+        self._server = Server(self.logins.answer)
         login = folder / "application_default_credentials.json"
         known = {"type": "authorized_user", "client_id": "id", "client_secret": "secret"}
         login.write_text(json.dumps({**known, "refresh_token": REFRESH}))
-        self.env = {"STORAGE_EMULATOR_HOST": storage.url, "GOOGLE_APPLICATION_CREDENTIALS": str(login)}
+        url = f"http://127.0.0.1:{self._server.port}"
+        self.env = {
+            "STORAGE_EMULATOR_HOST": storage.url,
+            "GOOGLE_APPLICATION_CREDENTIALS": str(login),
+            "CLOUDSDK_AUTH_TOKEN_HOST": f"{url}/token",
+            "CLOUDSDK_API_ENDPOINT_OVERRIDES_STS": f"{url}/",
+        }
 
-    def serve(self, url):
-        self.env["CLOUDSDK_AUTH_TOKEN_HOST"] = f"{url}/token"
-        self.env["CLOUDSDK_API_ENDPOINT_OVERRIDES_STS"] = f"{url}/"
-        return self
+    def close(self):
+        self._server.close()
+        self._clock.close()
 
 
 @contextmanager
 def google_of(folder, monkeypatch):
-    clock = Clock()
-    logins = TokenServer(Tokens(clock), {REFRESH: PERSON})
-    server = Server(logins.answer)
     with Storage() as storage:
-        found = Google(folder, storage, logins).serve(f"http://127.0.0.1:{server.port}")
+        storage.create_bucket("b")
+        found = Google(folder, storage)
         for name, value in found.env.items():
             monkeypatch.setenv(name, value)
         yield found
-    server.close()
-    clock.close()
+        found.close()
 
 
 class Stranger(Run):

@@ -186,7 +186,7 @@ class AloneBucket(RestBucket):
         sent, written = (answer.headers.get(key) for key in ("Date", "Last-Modified"))
         known = sent and written
         age = (parsedate_to_datetime(sent) - parsedate_to_datetime(written)).total_seconds() if known else 0.0
-        return answer.body, max(age, 0.0)
+        return answer.body, max(age, 0.0) + 1.0  # both are whole seconds
 
     def _refusal(self, answer: Answer, path: str) -> Any:
         """Who may not list a bucket is told 403 of what is not there."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from cloudrun.backends import Backend, Instance
 from cloudrun.errors import BucketError, Conflict, StillRunning
 from cloudrun.formats import canonical, seconds_of, timestamp
+from cloudrun.handover import take_back
 from cloudrun.order import Order, time_of
 from cloudrun.runs import attempt_object, is_claimed, last_attempt
 from cloudrun.storage import Bucket
@@ -158,6 +159,7 @@ def close(bucket: Bucket, order: Order, ends: list[Ended], reason: str, exit_cod
     }
     with suppress(Conflict):  # somebody else saw the end first; one bill is enough
         bucket.create(order.prefix + "/bill.json", canonical(bill))
+    take_back(bucket, order)
     forget(bucket, order.prefix, order.run)
     return True
 

@@ -16,6 +16,7 @@ from cloudrun.closing import counted, last_line, say_pulled
 from cloudrun.config import Settings
 from cloudrun.errors import FAILED, STILL_BILLED, UNKNOWN, USAGE, CloudrunError, UsageError
 from cloudrun.follow import NOW, request_end
+from cloudrun.late import collect, goes_alone
 from cloudrun.listing import backends_of, look, rows, table
 from cloudrun.order import Order, here
 from cloudrun.output import Output
@@ -30,7 +31,7 @@ URGENCY = (0, USAGE, UNKNOWN, FAILED, STILL_BILLED)  # of several exit codes the
 def sweep_up(client: Client, *, dry_run: bool = False) -> int:
     """Every command first ends and closes what lost clients left. Returns an exit code, having said why."""
     try:
-        sweep(client.backend, client.bucket, client.report, dry_run=dry_run)
+        sweep(client.backend, client.bucket, client.report, client.bounds, dry_run=dry_run)
     except CloudrunError as error:
         client.report.error(str(error))
         return error.exit_code
@@ -46,6 +47,7 @@ def which(client: Client, settings: Settings, text: str | None, *, act: bool = F
             f"the machine of {order.run} is in {order.place} and cannot be seen from here, {settings.place}: "
             f"do that on the computer {order.origin[0]}, with the settings that the run was started with"
         )
+    collect(client.bucket, order, client.report.warn, client.bounds)
     return order
 
 
@@ -114,9 +116,17 @@ def stop(client: Client, settings: Settings, run: str | None, *, now: bool, ever
     if read_bill(client.bucket, order):
         client.report.say(f"{order.run} has ended already")
         return 0
-    request_end(client.bucket, order.prefix, NOW if now else 1, "stop")
-    _see_stopped(client, order, now)
+    _see_stopped(client, order, _ask(client, order, now))
     return 0
+
+
+def _ask(client: Client, order: Order, now: bool) -> bool:
+    """Write the wish down. Returns whether to end the machine at once: one that is alone hears nobody."""
+    if not now and goes_alone(client.bucket, order):
+        client.report.say(following.ALONE)
+        now = True
+    request_end(client.bucket, order.prefix, NOW if now else 1, "stop")
+    return now
 
 
 def _see_stopped(client: Client, order: Order, now: bool) -> None:
@@ -134,15 +144,14 @@ def _stop_all(client: Client, settings: Settings, now: bool) -> int:
     sweep_up(client)
     backends = {each.place: each for each in _backends(client, settings)}
     orders = [load(client.bucket, *found) for found in open_runs(client.bucket)]
-    for order in orders:
-        request_end(client.bucket, order.prefix, NOW if now else 1, "stop")
+    asked = [(order, _ask(client, order, now)) for order in orders]
     code = 0
-    for order in orders:
+    for order, at_once in asked:
         try:
             if order.place not in backends:
                 raise CloudrunError(f"its machine is in {order.place}, which cannot be seen from here")
             client.report.say(order.run)
-            _see_stopped(replace(client, backend=backends[order.place]), order, now)
+            _see_stopped(replace(client, backend=backends[order.place]), order, at_once)
         except CloudrunError as error:
             client.report.error(f"{order.run}: {error}")
             code = max(code, error.exit_code, key=URGENCY.index)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from cloudrun.errors import UNKNOWN, BucketError, CloudrunError, Conflict, Corrupt, Missing
 from cloudrun.formats import canonical, parse, seconds_of
+from cloudrun.handover import Renewals
+from cloudrun.late import collect, is_alone
 from cloudrun.order import Order, time_of
 from cloudrun.output import Output
 from cloudrun.receipt import Outcome, billed_outcome, outcome_of, read_receipt, user_code
@@ -25,6 +27,10 @@ LOOK_SECONDS = 0.5  # between two looks at the machine, and two tries at a bucke
 LAST_WORDS_SECONDS = 0.5  # in which the bucket may show what a machine wrote just before it went
 NOW = 2
 REFUSED = ": the machine's service account may not read the bucket, cloudrun doctor says what allows it"
+ALONE = (
+    "no client was there to renew the machine's token, and it goes on alone: nothing more of its output "
+    "comes before its end, and to stop it means to end it at once"
+)
 ENDING = ("finished", "preempted", "shutdown", "gone")  # the machine is about to end itself, or has
 
 
@@ -84,6 +90,8 @@ def fatal_lines(console: str) -> list[str]:
 def conclude(bucket: Bucket, order: Order, seen: Seen, bill: dict[str, Any] | None = None) -> Outcome:
     """How the run ended, once its machine is seen ended: the receipt has the last word."""
     try:
+        if not seen.receipt:
+            collect(bucket, order)
         receipt = seen.receipt or read_receipt(bucket, order.prefix)
         if receipt:
             return outcome_of(receipt)
@@ -128,12 +136,14 @@ class _Follower:
         )
         self.state: dict[str, Any] = {}
         self.asked: list[int] = []
-        self.alive = self.complete = False
+        self.alive = self.complete = self.changed = False
         self.gone_at: float | None = None
         self.cut_off: BucketError | None = None
         self._counted = self._told = 0
         self._looked = self._beaten = self._stated = self._told_at = 0.0
         self._beats = itertools.count(1)
+        self._said_alone = False
+        self._renewals = Renewals(client.bucket, order, attempt, client.report.detail)
 
     def step(self, *, show: bool, detach: bool) -> Seen | None:
         if self.tick():
@@ -175,7 +185,15 @@ class _Follower:
                 self._beaten = now
                 beat = {"client": self.client.identity, "beat": next(self._beats)}
                 self.client.bucket.put(self.order.prefix + "/client.json", canonical(beat))
-        return len(self.asked) >= NOW or since_boot() > self.end_at
+        if self.alive and not self.alone:
+            self._renewals.step()
+        heard = NOW if not self.alone else 1  # who hears nobody cannot be asked to end main.py
+        return len(self.asked) >= heard or since_boot() > self.end_at
+
+    @property
+    def alone(self) -> bool:
+        """Whether the machine's token has run out, and it goes on without hearing or telling anything."""
+        return is_alone(self.order, self.state)
 
     def _tell(self, level: int) -> None:
         """Ask the agent to end main.py; when asked twice, our caller ends the machine."""
@@ -201,6 +219,8 @@ class _Follower:
         self._read_state()
         if detach and self.state and not self.asked:
             return self._seen("detached")
+        if self.alone:
+            self._go_on_alone()
         try:
             receipt = read_receipt(self.client.bucket, self.order.prefix)
         except Corrupt:
@@ -209,10 +229,20 @@ class _Follower:
         rest = receipt["chunks"] if receipt and show and receipt["attempt"] == self.attempt else 0
         return self._seen("finished", receipt) if receipt and self.output.printed >= rest else None
 
+    def _go_on_alone(self) -> None:
+        """It says nothing more before its end; then what it says may have come already."""
+        if not self._said_alone:
+            self._said_alone = True
+            self.client.report.say(ALONE)
+        self._collect()
+
+    def _collect(self) -> None:
+        collect(self.client.bucket, self.order, self.client.report.warn, self.client.bounds)
+
     def _read_state(self) -> None:
         state = attempt_object(self.client.bucket, self.order, self.attempt, "state")
         if state and state.get("beat") != self.state.get("beat"):
-            self.heard = time.monotonic()
+            self.heard, self.changed = time.monotonic(), bool(self.state)
         self.state = state or self.state
         numbers = [self.state.get(key) for key in ("files", "of_files", "bytes", "of_bytes")]
         if self.state.get("phase") == "fetch" and all(isinstance(number, int) for number in numbers):
@@ -249,7 +279,12 @@ class _Follower:
         unborn = self.mine and not self.state and now - self.begun > self.order.limits["boot"]
         if unborn and not self.cut_off:
             return self._seen("silent")
-        if now - self.heard > 1.5 * self.order.limits["agent_silence"] + 2 * self.order.limits["state"]:
+        # Of a stranger's machine whose token nobody renewed until we came, silence says nothing.
+        known = not self.alone and (self.mine or not self.order.stranger or self.changed)
+        if (
+            known
+            and now - self.heard > 1.5 * self.order.limits["agent_silence"] + 2 * self.order.limits["state"]
+        ):
             return self._seen("silent")
         return None
 
@@ -261,6 +296,7 @@ class _Follower:
 
     def _gone(self, show: bool) -> Seen | None:
         with suppress(BucketError):
+            self._collect()
             if show and self.output.step(hurry=True):
                 return None
             seen = self._read(show=False, detach=False)

@@ -14,10 +14,17 @@ so that bytes which are not UTF-8 survive as lone surrogates):
                         /env.json     {NAME: value}; deleted when the bill is closed
                         /control.json {"level": 1 interrupt | 2 now, "by": "SIGINT" | ... | "stop"}
                         /client.json  {"client", "beat"}: alive as long as beat changes
+                        /token.json   {"token", "seconds"}: a fresh one for a stranger's machine; deleted
+                                      when the bill is closed
                         /attempts/<n>/claim.json  {"client", "instance", "offer", "price", "time"}
                                      /agent.json  {"machine", "python", "time"}
                                      /state.json  {"phase", "time", "beat"}; while it fetches also
-                                                  {"files", "bytes", "of_files", "of_bytes"}
+                                                  {"files", "bytes", "of_files", "of_bytes"};
+                                                  "alone": true: it hears nobody any more
+                                     /sessions.json {"save", "log", "receipt": [URL, ...]}: upload sessions
+                                                  of a stranger's machine; cancelled with the bill
+                                     /late/save-<3 digits>, /late/log-<3 digits>  archives, see below
+                                     /late/receipt  what is to be receipt.json
                                      /log/<8 digits>  frames, see `frame`
                                      /end.json    {"reason", "time"}: the attempt ended, the run may go on
                         /saved/<sha256>  output content, immutable
@@ -31,10 +38,14 @@ so that bytes which are not UTF-8 survive as lone surrogates):
 
 The guard gets CLOUDRUN_BOOT in its environment, a JSON object: run, attempt, instance, backend, bucket,
 prefix (<project>/runs/<run>), agent and order ([object, sha256]), left (seconds until the deadline),
-agent_gone and agent_silence (seconds); of a machine in a cloud also kept (whether it outlives the run), gpus
-(so many have to work) and user (whose main.py is; empty: root's). The agent gets the same, and
-CLOUDRUN_GUARD, the number of the pipe to its parent: `.` alive, `R` the run is finished, `L<seconds>\\n` so
-much is left at most, `H` hands off: leave the machine on.
+agent_gone and agent_silence (seconds); of a stranger's machine also token and token_left (seconds that it is
+good for; then its bucket can be written through sessions.json only); of a machine in a cloud also kept
+(whether it outlives the run), gpus (so many have to work) and user (whose main.py is; empty: root's). The
+agent gets the same, and CLOUDRUN_GUARD, the number of the pipe to its parent: `.` alive, `R` the run is
+finished, `L<seconds>\\n` so much is left at most, `H` hands off: leave the machine on.
+
+An archive is a line of JSON, {"objects": [[name, size], ...]}, then the contents one after the other. Names
+are log/<8 digits> of the attempt, or saved/<sha256> and last of all outputs.json of the run.
 """
 
 from __future__ import annotations

@@ -139,8 +139,10 @@ def place_order(
     report.say(describe(prepared))
     report.stage("offer")
     offers = wait_for_offers(client, queue=queue)
-    check_limits(settings, offers)
-    return store(prepared, settings, wanted, dearest(offers), (client.bucket, report)), offers
+    stranger = client.backend.stranger
+    check_limits(settings, offers, stranger=stranger)
+    order = store(prepared, settings, wanted, dearest(offers), (client.bucket, report), stranger=stranger)
+    return order, offers
 
 
 def abandon(client: Client, order: Order) -> None:

@@ -37,7 +37,8 @@ class Order(NamedTuple):
     """order.json. `argv` is the script and its arguments; `limited_by` says which limit set the deadline.
 
     `origin` is where the run was started: "the latest run" means the latest with the same origin.
-    `place` says whose machines the run has, see cloudrun.config.place.
+    `place` says whose machines the run has, see cloudrun.config.place; `stranger`: they are not our own,
+    see cloudrun.handover.
     `env` has the names given with -e; their values travel in env.json.
     """
 
@@ -59,6 +60,7 @@ class Order(NamedTuple):
     limits: dict[str, float]
     origin: list[str]
     place: str = ""
+    stranger: bool = False
 
     @property
     def prefix(self) -> str:
@@ -91,6 +93,7 @@ def read_order(data: bytes, name: str) -> Order:
     """Raises Corrupt."""
     value = parse(data, name, **FIELDS)
     seconds_of(value["deadline"])
+    value["stranger"] = value.get("stranger") is True
     try:
         return Order(**value)
     except TypeError:

@@ -37,9 +37,14 @@ def outputs(bucket: Bucket, order: Order) -> list[Entry]:
     """The run's last complete set. Raises Corrupt."""
     name = order.prefix + "/outputs.json"
     try:
-        values = parse(bucket.get(name, MAX_OUTPUTS)[0], name, files=list)["files"]
+        return outputs_in(bucket.get(name, MAX_OUTPUTS)[0], name, order)
     except Missing:
         return []
+
+
+def outputs_in(data: bytes, name: str, order: Order) -> list[Entry]:
+    """Raises Corrupt."""
+    values = parse(data, name, files=list)["files"]
     entries = [read_entry(value, name, with_parts=False) for value in values]
     for entry in entries:
         if entry.link or not any(f"{entry.path}/".startswith(f"{top}/") for top in order.outputs):

@@ -15,6 +15,7 @@ from cloudrun.config import USUAL, Bounds, Settings
 from cloudrun.errors import BucketError, CloudrunError, Conflict, Held, Interrupted, NoCapacity, UsageError
 from cloudrun.follow import Seen, conclude, follow, requested_end, since_boot
 from cloudrun.formats import canonical, timestamp
+from cloudrun.handover import HOURS, give
 from cloudrun.order import Order, deadline, time_of
 from cloudrun.receipt import Outcome
 from cloudrun.report import Report
@@ -164,9 +165,12 @@ def lease(client: Client, order: Order, attempt: int, offers: list[Offer], machi
 def rent(client: Client, order: Order, attempt: int, offers: list[Offer], machine: Lease) -> None:
     """The first of these offers that can be had. Raises CloudrunError."""
     for number, offer in enumerate(offers, 1):
+        machine.none = True  # nothing was started so far
+        boot = boot_of(client.bucket, order, attempt, machine)
+        machine.none = False
         try:
             machine.offer = offer
-            client.backend.create(machine.name, offer, boot_of(client.bucket, order, attempt, machine))
+            client.backend.create(machine.name, offer, boot)
             return
         except NoCapacity as error:
             if number == len(offers):
@@ -224,6 +228,8 @@ def boot_of(bucket: Bucket, order: Order, attempt: int, machine: Lease) -> Boot:
         "agent_gone": order.limits["agent_gone"],
         "agent_silence": order.limits["agent_silence"],
     }
+    if order.stranger:
+        payload.update(give(bucket, order, attempt))
     return Boot(order.run, attempt, order.deadline, payload, left + order.limits["provider"])
 
 
@@ -264,10 +270,18 @@ def least_seconds(seconds: float, limits: dict[str, float], offers: list[Offer])
     return reserve + max(offer.boot_seconds for offer in offers)
 
 
-def check_limits(settings: Settings, offers: list[Offer]) -> None:
-    """Raises UsageError for a run that would have to end before it began: nothing need be sent for it."""
+def check_limits(settings: Settings, offers: list[Offer], *, stranger: bool = False) -> None:
+    """Raises UsageError for a run that would have to end before it began: nothing need be sent for it.
+
+    So it does for one that is too long for a stranger's machine: its last results could not come back.
+    """
     hours, late = settings.max_hours, settings.limits["provider"]
     _, seconds, _ = deadline(hours, settings.max_cost, dearest(offers), 0.0, late)
+    if stranger and seconds > HOURS * 3600:
+        raise UsageError(
+            f"a run on somebody else's machine may take {HOURS:g} hours, and the limits leave "
+            f"{seconds / 3600:g}; allow less with --max-hours"
+        )
     _check(seconds, least_seconds(seconds, settings.limits, offers), UsageError)
 
 

@@ -62,6 +62,8 @@ def store(
     wanted: Wanted,
     price: float | None,
     client: tuple[Bucket, Report],
+    *,
+    stranger: bool = False,
 ) -> Order:
     """Send what is missing and write the order: from here on the run exists. Undone if it fails half-way."""
     bucket, report = client
@@ -81,6 +83,7 @@ def store(
             bucket.create(prefix + "/env.json", canonical(wanted.env))
         manifest = digest.hexdigest()
         order = make_order(run, settings, wanted, price, sent, manifest, agent, created=now)
+        order = order._replace(stranger=stranger)
         bucket.create(prefix + "/order.json", order.content())
     except BaseException:
         with suppress(BucketError):  # what went wrong first is what the user should read

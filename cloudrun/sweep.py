@@ -9,9 +9,12 @@ from typing import Any
 from cloudrun.backends import Backend, Instance
 from cloudrun.background import side_by_side
 from cloudrun.bill import Ended, Patience, close, ends_of, forget, see_ended
+from cloudrun.config import USUAL, Bounds
 from cloudrun.errors import BucketError, CloudrunError, Corrupt, StillRunning
 from cloudrun.follow import Seen, conclude, how_of
 from cloudrun.formats import parse, seconds_of
+from cloudrun.handover import take_back
+from cloudrun.late import collect
 from cloudrun.limits import DEFAULTS
 from cloudrun.order import Order, run_prefix, time_of
 from cloudrun.receipt import Outcome, read_receipt
@@ -23,7 +26,9 @@ STRANGE_SECONDS = 3600.0  # past its deadline: a machine of which only this comp
 QUIET_SECONDS = 600.0  # a run without a machine may belong to a client that is just sending or creating
 
 
-def sweep(backend: Backend, bucket: Bucket, report: Report, *, dry_run: bool = False) -> None:
+def sweep(
+    backend: Backend, bucket: Bucket, report: Report, bounds: Bounds = USUAL, *, dry_run: bool = False
+) -> None:
     """End machines that nobody will end, then close the bills of runs whose machines are gone.
 
     What goes wrong with one of them keeps nobody from the next one. Raises StillRunning at the end, for
@@ -40,7 +45,8 @@ def sweep(backend: Backend, bucket: Bucket, report: Report, *, dry_run: bool = F
         report.warn(str(error))
 
     def visit(run: str) -> str:
-        return _Visit(backend, bucket, report, run, dry_run).visit(runs.get(run), machines.get(run, []))
+        order = _Visit(backend, bucket, report, run, bounds, dry_run=dry_run)
+        return order.visit(runs.get(run), machines.get(run, []))
 
     still = side_by_side(visit, sorted({*runs, *machines}), 2 * bucket.workers)
     if not dry_run:
@@ -67,9 +73,11 @@ def overdue(
 class _Visit:
     """One run, looked after."""
 
-    def __init__(self, backend: Backend, bucket: Bucket, report: Report, run: str, dry_run: bool) -> None:
+    def __init__(
+        self, backend: Backend, bucket: Bucket, report: Report, run: str, bounds: Bounds, *, dry_run: bool
+    ) -> None:
         self.backend, self.bucket, self.report, self.run = backend, bucket, report, run
-        self.dry_run = dry_run
+        self.bounds, self.dry_run = bounds, dry_run
         self.now = time_of(bucket)
         self.ended: dict[str, Ended] = {}
         self.console, self.how = "", "gone"
@@ -90,6 +98,8 @@ class _Visit:
         order, receipt = None, None
         with suppress(BucketError):  # whatever the bucket says, a machine may have to be ended
             order = load(self.bucket, project, self.run) if project else None
+            if order and not self.dry_run:
+                collect(self.bucket, order, self.report.warn, self.bounds)
             receipt = read_receipt(self.bucket, prefix) if order else None
         limits = {**DEFAULTS, **order.limits} if order else {**DEFAULTS, "provider": STRANGE_SECONDS}
         for instance in machines:
@@ -134,6 +144,7 @@ class _Visit:
         """The bill of a run without a machine, unless there may still be a client."""
         if read_bill(self.bucket, order):
             if not self._only_say("forget"):
+                take_back(self.bucket, order)
                 forget(self.bucket, order.prefix, order.run)
             return
         attempt = last_attempt(self.bucket, order)

@@ -29,6 +29,7 @@ class FakeBackend:
     pace = 0.002
     appears_within = least_billed = 0.0
     slowness = 1.0
+    stranger = False
 
     def __init__(self) -> None:
         self.machines: dict[str, Instance] = {}
@@ -109,7 +110,7 @@ class FakeAgent:
     """What machines do, a turn each time that somebody looks for the receipt.
 
     `attempts` lists, per attempt, the words of its turns: state, log, badlog, badstate, receipt, badreceipt,
-    preempted, vanish, preparing, nothing. The last one is repeated. It obeys control.json.
+    preempted, vanish, preparing, alone, nothing. The last one is repeated. It obeys control.json.
     """
 
     def __init__(self, backend: FakeBackend, bucket: FolderBucket, *attempts: str) -> None:
@@ -142,6 +143,8 @@ class FakeAgent:
             phase = "environment" if word == "preparing" else "run"
             data = canonical({"phase": phase, "beat": number, "time": timestamp(time.time())})
             self.bucket.put(attempt + "/state.json", b"{{{" if word == "badstate" else data)
+        elif word == "alone":
+            self.bucket.put(attempt + "/state.json", canonical({"phase": "run", "beat": 0, "alone": True}))
         elif word in ("log", "badlog"):
             data = frame(time.time(), "out", b"hello from %d\n" % boot.attempt)
             self.bucket.create(attempt + "/log/00000001", data if word == "log" else b"garbage")

@@ -16,6 +16,7 @@ PACKAGE = TOP / "cloudrun"
 # Each line may import the lines below it, and itself only as far as ITSELF says.
 LAYERS = (
     ("cli",),
+    ("doctor.vast",),
     ("launch", "doctor.gcp"),
     ("doctor.access", "doctor.bucket", "doctor.machines"),
     ("doctor",),
@@ -25,6 +26,7 @@ LAYERS = (
     ("run", "start", "sweep"),
     ("follow",),
     ("bill",),
+    ("late", "handover"),
     ("output", "pull", "send", "runs"),
     ("order", "receipt", "zipapp", "report", "signals", "terminal"),
     ("index",),
@@ -49,6 +51,7 @@ OPENED = {
     ("backends", "backends.local"),
     ("backends", "backends.gcp"),
     ("doctor", "doctor.gcp"),
+    ("doctor", "doctor.vast"),
 }
 AGENT_MAY = {"agent", "background", "formats", "errors", "gs", "jsonapi", "processes", "storage"}
 SENT = (
@@ -193,6 +196,7 @@ PLACES = {
     "local": ("backends.local", "storage.folder"),
     "rented": ("agent.account", "agent.earlier", "agent.environment"),
     "gcp": ("backends.gcp", "storage.gcs", "storage.rest", "gs", "jsonapi", "account"),
+    "stranger": ("agent.alone", "handover", "late"),
     "doctor": ("doctor",),
 }
 
@@ -218,7 +222,15 @@ def code_lines(path: Path) -> int:
     return len(lines - docs)
 
 
-SIZES = {"client": 3500, "agent": 900, "local": 450, "rented": 250, "gcp": 1900, "doctor": 650}
+SIZES = {
+    "client": 3500,
+    "agent": 900,
+    "local": 450,
+    "rented": 250,
+    "gcp": 1900,
+    "stranger": 450,
+    "doctor": 750,
+}
 
 
 @pytest.mark.parametrize(("part", "most"), SIZES.items())

@@ -18,7 +18,8 @@ import pytest
 from client import COMMAND
 from cloud import iam, storage_http
 from cloud.compute import REFRESH, Cloud
-from cloud.storage import Storage, Token
+from cloud.storage import Storage
+from cloud.tokens import Granted
 from gce import key_file, need_client
 
 USER = "user@example.com"
@@ -33,24 +34,13 @@ NEW = (
 )
 
 
-class KnownTokens:
-    """The cloud's tokens, as the emulated storage asks for them."""
-
-    def __init__(self, cloud: Cloud) -> None:
-        self._cloud = cloud
-
-    def get(self, token: str) -> Token | None:
-        grant = self._cloud.tokens.valid(token)
-        return grant and Token(principal=grant.principal)
-
-
 class Clinic:
     """A cloud in which everything is right, and the account of a person who uses it."""
 
     def __init__(self, folder: Path, cloud: Cloud, storage: Storage) -> None:
         self.folder, self.cloud, self.storage = folder, cloud, storage
         cloud.faults.anonymous = False
-        storage.tokens = KnownTokens(cloud)  # type: ignore[assignment]
+        storage.tokens = Granted(cloud.tokens)  # type: ignore[assignment]
         storage.create_bucket("b", softDeletePolicy={"retentionDurationSeconds": "0"})
         member = f"serviceAccount:{MACHINE}"
         storage.policies["b"] = [{"role": "roles/storage.objectAdmin", "members": [member]}]

@@ -12,6 +12,10 @@ from cloudrun.agent.watch import Task, insist
 from cloudrun.formats import frame
 from cloudrun.storage import Bucket
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cloudrun.agent.alone import AloneBucket
+
 CHUNK = 4 << 20  # bytes of frames in one object
 NEWEST = 8 << 20  # bytes that are kept in memory when the spool takes no more
 
@@ -20,12 +24,14 @@ class Log:
     """Frames go in by `write`, and leave as objects 00000001, 00000002, … with one in flight.
 
     They wait in the spool, a file of at most `limit` bytes. What does not fit (or the disk is full) is
-    kept in memory, the newest 8 MiB of it; what is dropped before that is replaced by a note.
+    kept in memory, the newest 8 MiB of it; what is dropped before that is replaced by a note. From a
+    stranger's machine that goes on alone they leave now and then, all that there are in one archive.
     """
 
-    def __init__(self, bucket: Bucket, prefix: str, limit: int) -> None:
+    def __init__(self, bucket: Bucket, prefix: str, limit: int, stranger: AloneBucket | None = None) -> None:
         self.sent = sum(1 for _ in bucket.names(prefix + "/"))  # after a reboot it goes on
         self._bucket, self._prefix, self._limit = bucket, prefix, limit
+        self._stranger = stranger
         self._spool = os.open("spool", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         os.unlink("spool")
         self._read = self._written = 0
@@ -73,16 +79,29 @@ class Log:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self._written or self._newest)
-                chunk = self._next()
-            if not chunk:
+                if self._stranger and self._is_alone():
+                    self._changed.wait_for(lambda: self._closing, self._stranger.pause("log"))
+                chunks = [self._next()]
+                while self._is_alone() and (self._written or self._newest):
+                    chunks.append(self._next())
+            if not chunks[0]:
                 return
-            name = f"{self._prefix}/{self.sent + 1:08d}"
-            insist(partial(self._bucket.create, name, chunk), float("inf"), float("inf"))
-            self.sent += 1
+            insist(partial(self._store, chunks), float("inf"), float("inf"))
+            self.sent += len(chunks)
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._closing, self._bucket.write_pace if len(chunk) < CHUNK // 2 else 0
+                    lambda: self._closing, self._bucket.write_pace if len(chunks[-1]) < CHUNK // 2 else 0
                 )
+
+    def _is_alone(self) -> bool:
+        return self._stranger is not None and self._stranger.alone
+
+    def _store(self, chunks: list[bytes]) -> None:
+        named = [(f"log/{self.sent + n:08d}", chunk) for n, chunk in enumerate(chunks, 1)]
+        if self._stranger and self._stranger.alone:
+            self._stranger.archive_logs(named)
+        else:
+            self._bucket.create(self._prefix[: -len("log")] + named[0][0], named[0][1])
 
     def _next(self) -> bytes:
         """Whole frames for one object, oldest first; empty when nothing waits."""

@@ -20,10 +20,12 @@ from cloudrun.agent.watch import Task, Watch, insist, now, said, stamp
 from cloudrun.errors import CloudrunError, Conflict, Corrupt
 from cloudrun.formats import canonical, parse
 from cloudrun.processes import descendants, kill_descendants
-from cloudrun.storage import open_bucket
+from cloudrun.storage import Bucket, open_bucket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from cloudrun.agent.environment import Environment
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -38,7 +40,7 @@ def main() -> None:
     boot = json.loads(os.environ["CLOUDRUN_BOOT"])
     last_word = b"R"  # nothing is left to do on this machine
     try:
-        bucket, (name, sha256) = open_bucket(boot["bucket"], agent=True), boot["order"]
+        bucket, (name, sha256) = bucket_of(boot), boot["order"]
         order, _ = bucket.get(name)
         if hashlib.sha256(order).hexdigest() != sha256:
             raise Corrupt(f"{name} is damaged: its sha256 is not the one that this machine was given")
@@ -58,6 +60,14 @@ def main() -> None:
         except BrokenPipeError:  # there is no guard who could end the machine
             power_off(boot)
         os._exit(0)  # nothing is worth waiting for, not even a thread that hangs in the bucket
+
+
+def bucket_of(boot: dict[str, Any]) -> Bucket:
+    if "token" not in boot:
+        return open_bucket(boot["bucket"], agent=True)
+    from cloudrun.agent.alone import AloneBucket
+
+    return AloneBucket(boot)
 
 
 def claim(watch: Watch) -> bool:
@@ -83,7 +93,7 @@ class Attempt:
         self.torn = False
         self.rented: Environment | None = None  # None: main.py runs as who we are
         self.saver = Saver(watch, self.order["outputs"])
-        self.log = Log(watch.bucket, watch.attempt + "/log", int(watch.limits["spool"]))
+        self.log = Log(watch.bucket, watch.attempt + "/log", int(watch.limits["spool"]), watch.stranger)
         watch.helpers.append(self.log.task)
 
     def work(self) -> None:

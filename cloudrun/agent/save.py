@@ -75,10 +75,15 @@ class Saver:
                 looking = now() - started
                 if now() >= due:
                     self.save(last=False)
-                    due = now() + max(interval, 10 * (now() - started))
+                    due = now() + max(interval, 10 * (now() - started), self._rationed())
             except Exception as error:
                 due = now() + interval
                 note(f"the outputs cannot be saved for now: {error}".encode("utf-8", "replace"))
+
+    def _rationed(self) -> float:
+        """Seconds: who goes on alone can save only so often."""
+        stranger = self.watch.stranger
+        return stranger.pause("save") if stranger and stranger.alone else 0.0
 
     def save(self, *, last: bool = True, exact: bool = False, torn: bool = False) -> None:
         """Store what changed, then name it in outputs.json.

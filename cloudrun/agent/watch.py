@@ -19,6 +19,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from cloudrun.agent.alone import AloneBucket
+
 
 CLOCK_SECONDS = 2.0  # to which two clocks that are right may differ, and an answer may take
 
@@ -70,7 +72,8 @@ class Task(threading.Thread):
 class Watch:
     """Answers `reason` from the main thread at any time; a thread of its own talks to the bucket.
 
-    `helpers` are the tasks that a run cannot go on without.
+    `helpers` are the tasks that a run cannot go on without. `stranger`: the bucket of a machine whose token
+    runs out.
     """
 
     def __init__(self, boot: dict[str, Any], order: dict[str, Any], bucket: Bucket) -> None:
@@ -79,6 +82,7 @@ class Watch:
         self.prefix, self.number = boot["prefix"], boot["attempt"]
         self.attempt = f"{self.prefix}/attempts/{self.number}"
         self.end_at: float = now() + boot["left"]
+        self.stranger: AloneBucket | None = bucket if "token" in boot else None  # type: ignore[assignment]
         self.longest_save = 0.0
         self.level, self.by = 0, ""
         self._pipe, self._guard = int(os.environ["CLOUDRUN_GUARD"]), select.poll()
@@ -156,17 +160,23 @@ class Watch:
     def _correspond(self) -> None:
         said_at, said = 0.0, None
         while True:
+            pause = max(0.2, self.bucket.slow_pace)
             with suppress(Exception):  # whatever it was, the next letter may arrive
+                alone = self.stranger is not None and self.stranger.renew()
                 self._read_control()
                 if self.order["if_client_lost"] == "stop":
                     self._read_client()
-                state = {**self._details, "phase": self._phase}
+                state = {**self._details, "phase": self._phase, **({"alone": True} if alone else {})}
                 if state != said or now() - said_at > self.limits["state"]:
                     letter = {**state, "beat": now(), "time": stamp()}
                     self.bucket.put(self.attempt + "/state.json", canonical(letter))
                     said, said_at = state, now()
                     self._set_clock()
-            self._changed.wait(max(0.2, self.bucket.slow_pace))
+                if self.stranger and alone:
+                    self.stranger.leave()
+            if self.stranger:
+                pause = min(pause, max(0.2, self.stranger.token.left() / 10))
+            self._changed.wait(pause)
             self._changed.clear()
 
     def _set_clock(self) -> None:

@@ -70,6 +70,7 @@ class Backend(Protocol):
     slowness: float  # how much longer than a process of this computer a machine may take to end
     least_billed: float  # seconds that each start of a machine costs at least
     appears_within: float  # seconds from a create call to the moment when its machine can be found
+    stranger: bool  # its machines are somebody else's: they get a short-lived token, never an account
 
     def offers(self) -> list[Offer]:
         """What could be had now, best first; as many as make sense to try."""

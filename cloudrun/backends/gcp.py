@@ -92,6 +92,7 @@ class GcpBackend:
     """See cloudrun.backends.Backend."""
 
     name = "gcp"
+    stranger = False
     least_billed = 60.0  # D:vm-instance-pricing
     slowness = 8.0  # a stop takes 90 s, and is not stuck before 8 minutes have passed
 

@@ -41,6 +41,7 @@ class LocalBackend:
     pace = 0.02
     least_billed, slowness = 0.0, 1.0
     appears_within = 0.2
+    stranger = False
 
     def __init__(self, price: float = 0.0) -> None:
         self._price, self.place = price, place(self.name, os.environ)

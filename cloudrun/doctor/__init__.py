@@ -77,6 +77,10 @@ def examine(environ: Mapping[str, str], flag: str | None) -> Iterator[Finding]:
         from cloudrun.doctor import gcp
 
         yield from gcp.examine(environ)
+    elif backend == "vast":
+        from cloudrun.doctor import vast
+
+        yield from vast.examine(environ)
     elif backend == "local":
         yield from together({"python": python, "bucket": lambda: local_bucket(environ)})
 
@@ -129,8 +133,6 @@ def settings(environ: Mapping[str, str], flag: str | None) -> Iterator[Finding]:
         from cloudrun.backends.gcp import wanted
 
         problems += _problems(wanted, of_a_vm(environ))
-    if backend == "vast":
-        problems.append("the vast backend is not part of this version: CLOUDRUN_BACKEND may be gcp or local")
     for problem in problems:
         yield Finding("settings", WRONG, problem, _exports(problem))
     if not problems:
@@ -150,18 +152,22 @@ def _exports(problem: str) -> str:
     return "\n".join(f"export {name}={EXAMPLES[name]}" for name in named)
 
 
-def sdk() -> Iterator[Finding]:
+def sdk(extra: str = "gcp") -> Iterator[Finding]:
+    """`extra`: the backend's, of this package."""
+    ours = {"gcp": ("google-cloud-compute", "google.cloud.compute_v1"), "vast": ("vastai", "vastai")}[extra]
     missing = []
-    for module, package in (("compute_v1", "google-cloud-compute"), ("storage", "google-cloud-storage")):
+    for package, module in (ours, ("google-cloud-storage", "google.cloud.storage")):
         try:
-            spec = find_spec(f"google.cloud.{module}")
+            spec = find_spec(module)
         except (ImportError, ValueError):
             spec = None
         missing += [] if spec else [package]
     if missing:
-        yield Finding("SDK", WRONG, f"{', '.join(missing)} is not installed", "pip install 'cloudrun[gcp]'")
+        yield Finding(
+            "SDK", WRONG, f"{', '.join(missing)} is not installed", f"pip install 'cloudrun[{extra}]'"
+        )
     else:
-        yield Finding("SDK", OK, "google-cloud-compute and google-cloud-storage are installed")
+        yield Finding("SDK", OK, f"{ours[0]} and google-cloud-storage are installed")
 
 
 def python() -> Iterator[Finding]:

@@ -124,6 +124,32 @@ class GcsBucket(GsBucket):
             )
         return str(blob.generation)
 
+    def session(self, name: str) -> str:
+        """The URL of an upload session: whoever knows it can create this object, within a week."""
+        path = self._path(name)
+        with self._translated(path):
+            url = self._blob(path).create_resumable_upload_session(
+                content_type=BINARY,
+                if_generation_match=0,
+                checksum=None,
+                client=self._client,
+                timeout=TIMEOUT,
+                retry=self._retry,
+            )
+        return str(url)
+
+    def cancel(self, session: str) -> None:
+        """End an upload session. Only one of this bucket: the URL may come from a machine that is not ours.
+
+        Nothing is said about one that is over; the service forgets all of them within a week.
+        https://cloud.google.com/storage/docs/performing-resumable-uploads#cancel-upload
+        """
+        import requests
+
+        if session.startswith(f"{self._client.api_endpoint}/upload/storage/v1{self._bucket.path}/o?"):
+            with suppress(requests.RequestException):  # without a token: it needs none
+                requests.delete(session, headers={"Content-Length": "0"}, timeout=TIMEOUT)
+
     def _list(self, prefix: str, delimiter: str) -> Iterator[tuple[list[str], list[str]]]:
         fields = "prefixes,nextPageToken" if delimiter else "items(name),nextPageToken"
         with self._translated(prefix):

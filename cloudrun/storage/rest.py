@@ -13,6 +13,7 @@ import time
 from collections import deque, namedtuple
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from functools import partial
 from urllib.parse import quote, urlencode, urlsplit
 
 from cloudrun.errors import BucketError, BucketRefused, Missing
@@ -38,7 +39,7 @@ from cloudrun.jsonapi import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Iterator
+    from typing import Any, Callable, Iterator
 
 TOKEN = "/computeMetadata/v1/instance/service-accounts/default/token"
 FRESH_SECONDS = 240.0  # the metadata server has a new token when the old one is good for 5 minutes
@@ -50,12 +51,12 @@ Answer = namedtuple("Answer", "status headers body")
 class RestBucket(GsBucket):
     """See cloudrun.storage.Bucket."""
 
-    def __init__(self, url: str, patience: float = PATIENCE) -> None:
+    def __init__(self, url: str, patience: float = PATIENCE, token: Handed | None = None) -> None:
         super().__init__(url, patience)
         emulator = os.environ.get("STORAGE_EMULATOR_HOST")
         self._wire = Wire(emulator or "https://storage.googleapis.com")
         metadata = os.environ.get("GCE_METADATA_HOST") or ("" if emulator else "metadata.google.internal")
-        self._token = Token(metadata, f"gs://{self.bucket}")
+        self._token = token or Token(metadata, f"gs://{self.bucket}")
 
     def time(self) -> float | None:
         date = parsedate_to_datetime(self._wire.date) if self._wire.date else None
@@ -100,23 +101,37 @@ class RestBucket(GsBucket):
         return str(json.loads(answer.body)["generation"])
 
     def _in_a_session(self, path: str, content: Content, query: dict[str, str], resource: bytes) -> Answer:
-        """Send what is missing, and after a cut ask how much that is. A session that is gone begins anew."""
-        patience, at = Patience(self._patience), 0
-        session = self._begin(path, query, resource)
+        """A session that is gone begins anew."""
+        begin = partial(self._begin, path, query, resource)
+        return self._fill(begin(), content, path, begin)
+
+    def fill(self, session: str, content: Content) -> None:
+        """Store content in a session that was opened in advance, from where it was broken off.
+
+        Raises BucketRefused or Conflict if the session is over.
+        """
+        place = urlsplit(session)
+        self._fill(f"{place.path}?{place.query}", content, "what is sent late", None)
+
+    def _fill(self, session: str, content: Content, path: str, begin: Callable[[], str] | None) -> Answer:
+        """Send what is missing, and after a cut ask how much that is."""
+        patience, at, ask = Patience(self._patience), 0, begin is None
         while True:
-            answer = self._put(session, at, content, patience)
+            answer = self._put(session, at, content, patience, ask=ask)
+            ask = False
             if answer.status < 300:
                 return answer
             now = int(answer.headers.get("Range", "bytes=0--1").partition("-")[2]) + 1
             if answer.status == 308 and now > at:
                 patience, at = Patience(self._patience), now
                 continue
-            if answer.status not in {308, 404, 410, *PASSING}:
-                raise self._refusal(answer, path)
+            gone = answer.status in (404, 410)
+            if answer.status not in {308, 404, 410, *PASSING} or (gone and begin is None):
+                raise BucketRefused("the session is over") if gone else self._refusal(answer, path)
             if not patience.wait():
                 raise problem(503, b"the upload does not get on", self.bucket, path)
-            if answer.status in (404, 410):
-                session, at = self._begin(path, query, resource), 0
+            if gone and begin:
+                session, at = begin(), 0
 
     def _begin(self, path: str, query: dict[str, str], resource: bytes) -> str:
         headers = {"Content-Type": "application/json", "X-Upload-Content-Type": BINARY}
@@ -125,18 +140,24 @@ class RestBucket(GsBucket):
         place = urlsplit(answer.headers["Location"])
         return f"{place.path}?{place.query}"
 
-    def _put(self, session: str, at: int, content: Content, patience: Patience) -> Answer:
-        """One attempt to send all from here on; if the connection is lost, what the session says it has."""
+    def _put(
+        self, session: str, at: int, content: Content, patience: Patience, *, ask: bool = False
+    ) -> Answer:
+        """One attempt to send all from here on; if the connection is lost, what the session says it has.
+
+        `ask`: no more than what it has.
+        """
         size = content.size
-        body: bytes | Body = Body(content, at)
-        headers = {"Content-Range": f"bytes {at}-{size - 1}/{size}", "Content-Length": str(size - at)}
         while True:
+            body: bytes | Body = b"" if ask else Body(content, at)
+            here = "*" if ask else f"{at}-{size - 1}"
+            headers = {"Content-Range": f"bytes {here}/{size}", "Content-Length": str(len(body))}
             try:
                 return self._whole(self._send("PUT", session, headers, body))
             except BucketError as error:
                 if isinstance(error, Anew) or not patience.wait():
                     raise
-            headers, body = {"Content-Range": f"bytes */{size}", "Content-Length": "0"}, b""
+            ask = True
 
     def _list(self, prefix: str, delimiter: str) -> Iterator[tuple[list[str], list[str]]]:
         query = {"prefix": prefix, "delimiter": delimiter, "fields": "items(name),prefixes,nextPageToken"}
@@ -190,7 +211,8 @@ class RestBucket(GsBucket):
         return self._again(once)
 
     def _send(self, method: str, target: str, headers: dict[str, str], body: Any = b"") -> Exchange:
-        headers = {**headers, **self._token.header()}
+        if method != "PUT":  # a session needs no token, and would refuse one that has expired
+            headers = {**headers, **self._token.header()}
         try:
             return self._wire.send(method, target, headers, body)
         except Outside as outside:
@@ -312,3 +334,33 @@ class Token:
         found = json.loads(body)
         self._value, self._born = found["access_token"], time.monotonic()
         self._until = self._born + max(found["expires_in"] - FRESH_SECONDS, 1.0)
+
+
+class Handed:
+    """A token that was handed over, with the seconds that it is good for: there is nowhere to get another."""
+
+    def __init__(self, value: str, seconds: float) -> None:
+        self._value, self.life, self._end = "", 0.0, 0.0
+        self.take(value, seconds)
+
+    def take(self, value: str, seconds: float) -> None:
+        """Use this one from now on, if it is good for longer."""
+        if value != self._value and seconds > self.left():
+            self._value, self.life, self._end = value, seconds, time.monotonic() + seconds
+
+    def age(self, seconds: float) -> None:
+        """It was made so long ago."""
+        self._end -= seconds
+
+    def left(self) -> float:
+        return max(self._end - time.monotonic(), 0.0)
+
+    def header(self) -> dict[str, str]:
+        if not self.left():
+            raise BucketRefused("the token that this machine was given has expired")
+        return {"Authorization": f"Bearer {self._value}"}
+
+    def forget(self) -> bool:
+        """The service refuses it: there is no other one."""
+        self._end = 0.0
+        return False

@@ -137,6 +137,7 @@ class Cloud:
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_CLOUDRESOURCEMANAGER": f"http://127.0.0.1:{self._iam.port}/",
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_IAM": f"http://127.0.0.1:{self._iam.port}/",
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_IAMCREDENTIALS": f"{self.token_url}/",
+            "CLOUDSDK_API_ENDPOINT_OVERRIDES_STS": f"{self.token_url}/",
             "CLOUDSDK_AUTH_TOKEN_HOST": f"{self.token_url}/token",
             "GCLOUD_PROJECT": self.project.name,
             "NO_GCE_CHECK": "true",

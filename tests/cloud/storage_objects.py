@@ -14,6 +14,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from typing import Any
 from urllib.parse import quote
 
@@ -123,6 +124,7 @@ class Object:
         hashes = f"crc32c={self.crc32c}" + (f",md5={self.md5}" if self.md5 else "")
         return {
             "Content-Type": self.content_type,
+            "Last-Modified": formatdate(self.created, usegmt=True),
             "X-Goog-Generation": str(self.generation),
             "X-Goog-Metageneration": str(self.metageneration),
             "X-Goog-Hash": hashes,

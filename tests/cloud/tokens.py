@@ -11,8 +11,10 @@ import json
 import secrets
 from typing import Any, NamedTuple
 
+from . import sts
 from .clock import Clock
 from .server import Call, Reply, json_reply
+from .storage import Rule, Token
 
 LIFETIME = 3599
 EMAIL = "https://www.googleapis.com/auth/userinfo.email"
@@ -22,12 +24,13 @@ JWT = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 
 
 class Grant(NamedTuple):
-    """`instance`: the machine whose metadata server gave it out, if one did."""
+    """`instance`: the machine whose metadata server gave it out, if one did. `rules`: None, or all it may."""
 
     principal: str
     expires: float
     instance: str = ""
     scopes: tuple[str, ...] = ()
+    rules: list[Rule] | None = None
 
 
 class Tokens(dict[str, Grant]):
@@ -73,12 +76,16 @@ class TokenServer:
         self.tokens = tokens
         self.refresh = refresh  # {refresh token: principal}
         self.dead: set[str] = set()  # principals that are refused
+        self.narrow_seconds: float | None = None  # the life of a downscoped token, if it is to be shorter
+        self.boundless = False  # downscoped tokens may do all that their source may
         self.calls: list[Call] = []
 
     def answer(self, call: Call) -> Reply:
         self.calls.append(call)
         if call.path == "/token" and call.verb == "POST":
             return self.exchange(form(call))
+        if call.path == "/v1/token" and call.verb == "POST":
+            return self.narrow(form(call))
         if call.path.endswith(":generateAccessToken"):
             return self.impersonate(call)
         if call.path in ("/tokeninfo", "/oauth2/v3/userinfo", "/userinfo"):
@@ -119,6 +126,27 @@ class TokenServer:
         token = self.tokens.issue(principal, seconds=seconds, scopes=tuple(wanted.get("scope", ())))
         return json_reply({"accessToken": token, "expireTime": utc(self.tokens[token].expires)})
 
+    def narrow(self, fields: dict[str, str]) -> Reply:
+        """A token that may do less, for no longer: https://cloud.google.com/iam/docs/reference/sts/rest"""
+        source = self.tokens.valid(fields.get("subject_token", ""))
+        asked = [fields.get(name) for name in ("grant_type", "subject_token_type", "requested_token_type")]
+        if asked != [sts.GRANT, sts.ACCESS, sts.ACCESS]:
+            return refused("invalid_request", f"Invalid request: {asked}")
+        if source is None or source.rules is not None:
+            return refused("invalid_grant", "The subject token is invalid or has expired.")
+        try:
+            rules = sts.boundary(fields.get("options", ""))
+        except (ValueError, LookupError, TypeError) as error:
+            return refused("invalid_request", f"Invalid access boundary: {error!r}")
+        left = self.tokens.left(fields["subject_token"])
+        seconds = left if self.narrow_seconds is None else self.narrow_seconds
+        token = self.tokens.issue(source.principal, seconds=seconds, scopes=source.scopes)
+        self.tokens[token] = self.tokens[token]._replace(rules=None if self.boundless else rules)
+        answer = {"access_token": token, "issued_token_type": sts.ACCESS, "token_type": "Bearer"}
+        if source.principal.endswith(".gserviceaccount.com") or self.narrow_seconds is not None:
+            answer["expires_in"] = seconds  # of a person's token it is not said: that of the source holds
+        return json_reply(answer)
+
     def info(self, call: Call) -> Reply:
         token = call.query.get("access_token") or bearer(call)
         grant = self.tokens.valid(token)
@@ -131,6 +159,17 @@ class TokenServer:
         if EMAIL in grant.scopes or grant.principal.endswith(".gserviceaccount.com"):
             shown.update(email=grant.principal, email_verified="true")
         return json_reply(shown)
+
+
+class Granted:
+    """The tokens of a token server, as the emulated storage asks for them: its `tokens`."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+
+    def get(self, token: str) -> Token | None:
+        grant = self._tokens.valid(token)
+        return grant and Token(grant.expires, grant.rules, grant.principal)
 
 
 def bearer(call: Call) -> str:

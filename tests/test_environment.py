@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import textwrap
 import threading
@@ -373,7 +374,8 @@ def test_an_installation_that_was_killed_is_made_anew(disk, slow):
 
 
 def test_a_lock_of_uv(disk, tmp_path):
-    uv = shutil.which("uv") or pytest.skip("there is no uv here")
+    beside = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    uv = shutil.which("uv", path=beside) or pytest.skip("there is no uv here")
     disk.write("/etc/profile.d/uv.sh", "export UV_OFFLINE=1 PATH=/var/uv:$PATH\n")
     disk.write("/var/uv/uv", "")
     shutil.copy(uv, disk.path / "var/upper/uv/uv")

@@ -96,6 +96,18 @@ class Doctor(Command):
         return doctor(options["backend"], as_json=context.params["as_json"], quiet=quiet)
 
 
+class Drill(Command):
+    """It starts clients of its own, and has settings of its own."""
+
+    def invoke(self, context: click.Context) -> int:
+        from cloudrun.drill import drill
+        from cloudrun.launch import open_report
+
+        options = self.options_before(context)
+        options["quiet"] |= context.params["quiet"]
+        return drill(open_report(**options), os.environ, options["backend"], yes=context.params["yes"])
+
+
 def flag(*names: str, help: str) -> click.Option:
     return click.Option(names, is_flag=True, help=help)
 
@@ -133,6 +145,7 @@ NAMES = {"help_option_names": ["-h", "--help"]}
 cli = Cli(params=list(OPTIONS), help=HELP, epilog=EPILOG, context_settings=NAMES, no_args_is_help=True)
 click.version_option(__version__, prog_name="cloudrun")(cli)
 
+QUIET = flag("-q", "--quiet", help="Say only what is wrong.")
 AS_JSON = flag("--json", "as_json", help="Print JSON; see the README for the fields.")
 COMMANDS: dict[str, tuple[str, list[click.Parameter]]] = {
     "ps": (
@@ -156,14 +169,21 @@ COMMANDS: dict[str, tuple[str, list[click.Parameter]]] = {
 }
 for name, (words, params) in COMMANDS.items():
     run = [] if name in ("ps", "gc") else [click.Argument(["run"], required=False)]
-    quiet = flag("-q", "--quiet", help="Say only what is wrong.")
-    cli.add_command(Command(name, params=[*run, *params, quiet], help=words, short_help=words))
+    cli.add_command(Command(name, params=[*run, *params, QUIET], help=words, short_help=words))
 cli.add_command(
     Doctor(
         "doctor",
-        params=[AS_JSON, flag("-q", "--quiet", help="Say only what is wrong.")],
+        params=[AS_JSON, QUIET],
         help="Look at everything that a run needs, and say what to type to mend what is wrong.",
         short_help="Look at everything that a run needs.",
+    )
+)
+cli.add_command(
+    Drill(
+        "drill",
+        params=[flag("-y", "--yes", help="Do not ask whether its price is all right."), QUIET],
+        help="Play faults on the cheapest machine, until its provider shows that nothing is billed.",
+        short_help="Play faults for real, and see the bill stop.",
     )
 )
 

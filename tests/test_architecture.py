@@ -22,7 +22,7 @@ LAYERS = (
     ("doctor",),
     ("doctor.google",),
     ("commands", "closing"),
-    ("listing",),
+    ("drill", "listing"),
     ("run", "start", "sweep"),
     ("follow",),
     ("bill",),

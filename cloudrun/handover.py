@@ -36,6 +36,10 @@ WORKERS = 16
 TOPS = 6  # outputs that the machine may copy under their own names: a condition must not get too long
 STS = "CLOUDSDK_API_ENDPOINT_OVERRIDES_STS"  # gcloud's own
 STORAGE = "STORAGE_EMULATOR_HOST"
+ALONE_LATER = (
+    "if no command follows it, the machine goes on alone when its token ends, in an hour: then its output "
+    "comes with its end, and `cloudrun stop` ends it at once"
+)
 ACCESS = "urn:ietf:params:oauth:token-type:access_token"
 EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"
 

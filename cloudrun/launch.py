@@ -14,6 +14,7 @@ from cloudrun.closing import bring_home, check_json, dry_run_lines, price_words,
 from cloudrun.commands import sweep_up
 from cloudrun.config import Settings, from_env
 from cloudrun.errors import FAILED, CloudrunError, Held, Interrupted, UsageError
+from cloudrun.handover import ALONE_LATER
 from cloudrun.order import Order
 from cloudrun.project import check_project, returned
 from cloudrun.report import Report
@@ -119,6 +120,8 @@ def start_and_follow(client: Client, settings: Settings, wanted: Wanted, options
             report.say(f"queueing: {error}")  # as a new run, that has all its time before it
     if options["detach"]:
         print(order.run, flush=True)
+        if order.stranger:
+            report.say(ALONE_LATER)
     if outcome is None:
         return 0
     code, pulled = bring_home(client, order, outcome)

@@ -6,12 +6,13 @@ import pytest
 from fakes import ActingReport, FakeBackend, receipt_of
 from machine import wait_until
 from stranger import Stranger, google_of
-from test_lifecycle import kill, make  # noqa: F401
+from test_lifecycle import OPTIONS, kill, make  # noqa: F401
 
-from cloudrun import commands
+from cloudrun import commands, launch
 from cloudrun.backends import Instance
 from cloudrun.follow import ALONE, _Follower, follow
 from cloudrun.formats import canonical
+from cloudrun.handover import ALONE_LATER
 from cloudrun.run import Client
 from cloudrun.signals import Signals
 from cloudrun.start import Wanted, prepare, store
@@ -93,6 +94,15 @@ def test_who_comes_to_a_silent_machine_of_a_stranger_leaves_it_alone(make):  # n
     with Signals() as signals:
         seen = follow(world.client(signals), order, 1, mine=False, show=False)
     assert seen.how == "finished" and "stop" not in world.backend.calls
+
+
+def test_who_detaches_reads_what_comes_later(make):  # noqa: F811
+    world, _ = strange(make, "state nothing")
+    with Signals() as signals:
+        options = {**OPTIONS, "detach": True}
+        words = Wanted(["main.py"], {})
+        assert launch.start_and_follow(world.client(signals), world.settings, words, options) == 0
+    assert world.report.lines[-1] == ALONE_LATER and len(world.backend.alive()) == 1
 
 
 def test_the_next_command_collects_and_closes(make):  # noqa: F811

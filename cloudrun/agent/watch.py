@@ -174,6 +174,7 @@ class Watch:
                     self._set_clock()
                 if self.stranger and alone:
                     self.stranger.leave()
+                    self._client_lost = self.order["if_client_lost"] == "stop"  # it has renewed nothing
             if self.stranger:
                 pause = min(pause, max(0.2, self.stranger.token.left() / 10))
             self._changed.wait(pause)

@@ -44,11 +44,12 @@ def say(text):
     quietly(os.write, 1, f"cloudrun guard: {text}\n".encode())
 
 
-def protect():
+def protect(backend):
     """Become the last process that memory pressure can harm, and the parent of every orphan."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-    if os.geteuid() == 0:  # an ordinary user's limit on locked memory would make later allocations fail
+    # The limit on locked memory of an ordinary user, or of a container, would make later allocations fail.
+    if os.geteuid() == 0 and backend != "vast":
         libc.mlockall(7)  # MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT: pages as they come into use
     quietly(write, "/proc/self/oom_score_adj", b"-1000")  # only root may
 
@@ -66,8 +67,8 @@ def get(url, tries=6, **headers):
         return get(url, tries - 1, **headers)
 
 
-def fetch(bucket, name):
-    """An object; from Cloud Storage as the service account of this machine, unless that is emulated."""
+def fetch(bucket, name, token=None):
+    """An object; from Cloud Storage with a token, that of this machine's service account if we have none."""
     if bucket.startswith("file://"):
         with open(os.path.join(bucket[7:], name), "rb") as file:
             return file.read()
@@ -75,17 +76,22 @@ def fetch(bucket, name):
     bucket, name = f"{bucket[5:]}/{name}".split("/", 1)
     url = f"{storage or 'https://storage.googleapis.com'}/download/storage/v1/b/{bucket}/o/"
     url += "".join(f"%{byte:02X}" for byte in name.encode()) + "?alt=media"
-    if storage and not metadata:
+    if storage and not metadata and not token:  # an emulator that asks for none
         return get(url)
-    place = f"http://{metadata or 'metadata.google.internal'}/computeMetadata/v1/instance/service-accounts"
-    token = json.loads(get(f"{place}/default/token", **{"Metadata-Flavor": "Google"}))
-    return get(url, Authorization="Bearer " + token["access_token"])
+    return get(url, Authorization="Bearer " + (token or own_token(metadata)))
+
+
+def own_token(metadata):
+    """That of the service account of this machine."""
+    server = f"http://{metadata or 'metadata.google.internal'}/computeMetadata/v1"
+    answer = get(f"{server}/instance/service-accounts/default/token", **{"Metadata-Flavor": "Google"})
+    return json.loads(answer)["access_token"]
 
 
 def start_agent(boot, end_at):
     """Return the agent's pid and the pipe that tells how it is; only the agent holds the other end."""
     (name, sha256), (reading, writing) = boot["agent"], os.pipe()
-    data = fetch(boot["bucket"], name)
+    data = fetch(boot["bucket"], name, boot.get("token"))
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"the agent in the bucket, {name}, is damaged: delete it and run again")
     write("agent.pyz", data)
@@ -181,7 +187,21 @@ def end_gcp(why, started):
     raise OSError("it is still on")
 
 
-ENDINGS = {"local": end_local, "gcp": end_gcp}
+def end_vast(why, started):
+    """The end of a container: it destroys itself, asked for until this process is gone with it."""
+    import urllib.request
+
+    if "FATAL" in why:
+        time.sleep(20)  # its console goes with it, and the client has to read that first
+    server, number, key = map(os.environ.get, ("VAST_URL", "CONTAINER_ID", "CONTAINER_API_KEY"))
+    url = f"{server or 'https://console.vast.ai'}/api/v0/instances/{number}/"
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(url, b"{}", headers, method="DELETE"), timeout=30)
+    time.sleep(4)  # success is no proof
+    raise OSError("it is still there")
+
+
+ENDINGS = {"local": end_local, "gcp": end_gcp, "vast": end_vast}
 
 
 def main():
@@ -196,7 +216,7 @@ def main():
         signal.setitimer(signal.ITIMER_REAL, min(boot["left"], 240))  # a network can hang for ever
         agent, pipe = start_agent(boot, started + boot["left"])
         signal.setitimer(signal.ITIMER_REAL, 0)
-        protect()  # ourselves alone: the agent and main.py may be killed for their memory
+        protect(boot["backend"])  # ourselves alone: the agent and main.py may be killed for their memory
         signal.signal(signal.SIGTERM, lambda *_: quietly(os.kill, agent, signal.SIGTERM))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         why = watch(boot, agent, pipe, started + boot["left"])
@@ -207,12 +227,14 @@ def main():
     say(why)
     for name in (signal.SIGTERM, signal.SIGCHLD):  # the kernel collects our children from here on
         signal.signal(name, signal.SIG_IGN)
+    pause = 1
     while True:
         try:
             return ENDINGS[boot["backend"]](why, started)
         except Exception as error:
             say(f"cannot end this machine, trying again: {error}")
-            time.sleep(1)
+            time.sleep(pause)
+            pause = min(2 * pause, 60)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,12 @@ LAYERS = (
     ("bill",),
     ("late", "handover"),
     ("output", "pull", "send", "runs"),
-    ("order", "receipt", "zipapp", "report", "signals", "terminal"),
+    ("order", "receipt", "report", "signals", "terminal"),
     ("index",),
     ("backends.local", "backends.gcp"),
-    ("backends.gcp_api", "backends.gcp_boot", "backends.gcp_vm"),
+    ("backends.gcp_api", "backends.gcp_boot", "backends.gcp_vm", "backends.vast_boot"),
     ("backends",),
+    ("zipapp",),
     ("backends.gcp_prices", "backends.gcp_shapes"),
     ("project", "config"),
     ("storage.folder", "storage.gcs", "storage.rest", "limits"),
@@ -195,6 +196,7 @@ def test_backends_and_storages_know_neither_the_run_nor_each_other() -> None:
 PLACES = {
     "local": ("backends.local", "storage.folder"),
     "rented": ("agent.account", "agent.earlier", "agent.environment"),
+    "vast": ("backends.vast",),
     "gcp": ("backends.gcp", "storage.gcs", "storage.rest", "gs", "jsonapi", "account"),
     "stranger": ("agent.alone", "handover", "late"),
     "doctor": ("doctor",),
@@ -230,6 +232,7 @@ SIZES = {
     "gcp": 1900,
     "stranger": 450,
     "doctor": 750,
+    "vast": 1000,
 }
 
 

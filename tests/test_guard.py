@@ -1,7 +1,6 @@
 """The guard alone, under every Python at hand, with toy agents in the place of the real one."""
 
 import ast
-import base64
 import hashlib
 import json
 import os
@@ -9,13 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 from contextlib import suppress
 
 import pytest
 from machine import GUARD, VERSIONS, alive, archived, interpreter, wait_until
-
-from cloudrun.zipapp import slim
 
 TOY = """
 import os, signal, subprocess, sys, time
@@ -268,31 +264,6 @@ def test_the_work_of_a_local_machine_is_removed_and_its_console_kept(tmp_path):
     guard.start().end()
     assert not (guard.folder / "work").exists()
     assert guard.console()
-
-
-def test_is_short_and_fits_into_the_call_that_creates_a_machine():
-    source = slim(GUARD.read_text()).encode()
-    boot = {
-        "run": "p" * 41 + "-20260101-000000-abcd",
-        "attempt": 12,
-        "instance": "p" * 41 + "-20260101-000000-abcd-12",
-        "backend": "vast",
-        "bucket": "gs://" + "b" * 63 + "/" + "d" * 40,
-        "prefix": "p" * 41 + "/runs/" + "p" * 41 + "-20260101-000000-abcd",
-        "agent": ["p" * 41 + "/blobs/" + sha256(b"agent"), sha256(b"agent")],
-        "order": ["p" * 41 + "/runs/" + "p" * 41 + "-20260101-000000-abcd/order.json", sha256(b"order")],
-        "left": 86399.123,
-        "agent_gone": 10,
-        "agent_silence": 300,
-    }
-    start = f"import os\nos.environ['CLOUDRUN_BOOT'] = {json.dumps(boot)!r}\n".encode() + source
-    payload = base64.b85encode(zlib.compress(start, 9)).decode()
-    onstart = f"python3 -c \"import base64,zlib;exec(zlib.decompress(base64.b85decode('{payload}')))\""
-    assert len(onstart) <= 4096
-
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
 
 
 def test_needs_nothing_but_the_standard_library_and_python_3_8():

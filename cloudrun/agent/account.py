@@ -8,6 +8,7 @@ import pwd
 import re
 import shutil
 import subprocess
+import sys
 
 from cloudrun.errors import CloudrunError
 
@@ -15,6 +16,7 @@ NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
 GROUPS = ("render", "video")  # who may use a GPU where the driver's files are not for everybody
 LOGIN = "printf '\\0\\0'; env -0; printf '\\0\\0'"  # a profile may say something as well
 SHELLS_OWN = ("PWD", "OLDPWD", "SHLVL", "_")
+KEYS = ("CLOUDRUN_", "CONTAINER_API_KEY", "JUPYTER_TOKEN")  # of the container, and the order of its run
 
 
 class Account:
@@ -47,6 +49,14 @@ class Account:
             return argv
         ids = [f"--reuid={self.user.pw_uid}", f"--regid={self.user.pw_gid}", "--init-groups"]
         return [shutil.which("setpriv") or "/usr/bin/setpriv", *ids, *argv]
+
+    def container(self) -> dict[str, str]:
+        """What the image sets, without the keys to the container; its Python is the one that runs us."""
+        given = os.environ.items()
+        environ = {name: value for name, value in given if not name.startswith(KEYS)}
+        environ.update({"HOME": self.user.pw_dir, "USER": self.user.pw_name, "LOGNAME": self.user.pw_name})
+        environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+        return {name: value for name, value in environ.items() if name not in SHELLS_OWN}
 
     def environment(self, told: bytes) -> dict[str, str]:
         """What a login shell told by LOGIN; of one that did not come so far, what every login has."""

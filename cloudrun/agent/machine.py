@@ -1,17 +1,21 @@
-"""What a rented machine says of itself. On Compute Engine its metadata server answers (gcp.md 5)."""
+"""What a rented machine says of itself, and how it ends itself where no guard is left to do it.
+
+On Compute Engine its metadata server answers; a container of vast.ai has an environment.
+"""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
 METADATA_SECONDS = 3.0
-CONSOLE_SECONDS = 5.0  # two looks of a client
+CONSOLE_SECONDS = {"gcp": 5.0, "vast": 20.0}  # two looks of a client
 DRIVER_SECONDS = 60.0  # the first call of nvidia-smi loads the driver
 
 
@@ -26,7 +30,9 @@ def metadata(path: str) -> str:
 
 
 def identity(boot: Mapping[str, Any]) -> str:
-    """The same for this machine as long as it exists, on Compute Engine after a reboot as well."""
+    """The same for this machine as long as it exists, in a cloud after a restart as well."""
+    if boot["backend"] == "vast":
+        return "vast " + os.environ["CONTAINER_ID"]
     return metadata("instance/id") if boot["backend"] == "gcp" else os.urandom(8).hex()
 
 
@@ -43,24 +49,22 @@ def driver_trouble(boot: Mapping[str, Any]) -> str:
         return ""
     import subprocess  # 15 ms that a local run does not pay
 
+    advice = "choose another image (VM_IMAGE)" if boot["backend"] == "gcp" else "run again, on another host"
     try:
         command = ["nvidia-smi", "-L"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=DRIVER_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"no GPU can be used: {error}; choose an image with a driver for it (VM_IMAGE)"
+        return f"no GPU can be used: {error}; {advice}"
     found = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
     if done.returncode or found < wanted:
         said = (done.stdout + done.stderr).strip()[-300:]
-        return (
-            f"{found} of {wanted} GPUs can be used: nvidia-smi says {said!r}; choose another image (VM_IMAGE)"
-        )
+        return f"{found} of {wanted} GPUs can be used: nvidia-smi says {said!r}; {advice}"
     return ""
 
 
 def let_read(boot: Mapping[str, Any]) -> None:
-    """Of a virtual machine that is off nobody can read the console."""
-    if boot["backend"] == "gcp":
-        time.sleep(CONSOLE_SECONDS)
+    """Of a machine that is off, or a container that is gone, nobody can read the console."""
+    time.sleep(CONSOLE_SECONDS.get(boot["backend"], 0.0))
 
 
 def power_off(boot: Mapping[str, Any]) -> None:
@@ -69,3 +73,20 @@ def power_off(boot: Mapping[str, Any]) -> None:
         import subprocess
 
         subprocess.run(["poweroff", "-f"], check=False)
+    pause = 4.0
+    while boot["backend"] == "vast":  # nobody else is there to do it
+        with suppress(OSError, ValueError):
+            destroy()
+        time.sleep(pause)
+        pause = min(2 * pause, 60.0)
+
+
+def destroy() -> None:
+    """Ask vast.ai for the end of this container. Raises OSError; success is no proof."""
+    from urllib.request import Request, urlopen
+
+    server = os.environ.get("VAST_URL") or "https://console.vast.ai"
+    url = f"{server}/api/v0/instances/{os.environ['CONTAINER_ID']}/"
+    key = os.environ["CONTAINER_API_KEY"]
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    urlopen(Request(url, b"{}", headers, method="DELETE"), timeout=30).close()

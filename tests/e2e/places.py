@@ -11,6 +11,7 @@ from cloud.compute import Cloud
 from cloud.project import Timing
 from cloud.storage import Storage
 from cloud.vast import Vast
+from cloud.vast_offers import offer
 from machine import role_of, wait_until
 
 QUICK = Timing(0.02, 0.02, boot=0.05, stopping=0.02, deleting=0.02, guest_standard=4.0, guest_spot=4.0)
@@ -41,9 +42,24 @@ class CloudMeter:
         """The cloud is closed by who opened it."""
 
 
-class CloudPlace:
+class Place:
     """Where the machines of a Machinery are: `settings` to reach them, and what is in their bucket."""
 
+    least_billed = 0  # seconds
+    free = True  # whether what the settings ask for costs nothing
+    notice = True  # whether a machine is told before it is taken away
+
+    def agrees(self, bill):
+        """Whether the bill says what the meter says."""
+        return abs(bill["seconds"] - self.meter.seconds) < 1.0
+
+    def fair(self, bill, price):
+        """Whether the cost on the bill is that of its time, at so many dollars per hour."""
+        paid = max(bill["seconds"], self.least_billed)
+        return abs(bill["cost"] - paid * price / 3600) < 1e-5
+
+
+class CloudPlace(Place):
     def __init__(self, cloud):
         self.storage = Storage()
         self.storage.__enter__()
@@ -86,7 +102,7 @@ class CloudPlace:
 
 
 class GcpPlace(CloudPlace):
-    least_billed = 60  # seconds
+    least_billed = 60
 
     def __init__(self, folder):
         super().__init__(Cloud(Path(folder), timing=QUICK))
@@ -107,27 +123,40 @@ class GcpPlace(CloudPlace):
 
 
 class VastPlace(CloudPlace):
-    """Only a destroyed container is `ended` for the meter: its disk is billed until then."""
+    """For the meter a container has ended when it is destroyed: its disk is billed until then.
 
-    least_billed = 0
+    The service never says when that was, so that a bill ends when it was seen. What it took it does say.
+    """
+
+    free = notice = False
 
     def __init__(self, folder):
         super().__init__(Vast(Path(folder)))
         self.limits = {"look": 0.1, "appears": 1.0, "boot_least": 1.0}
+        prices = {"price": 6.0, "storage_cost": 0.0, "inet_up_cost": 0.0, "inet_down_cost": 0.0}
+        self.cloud.offers = [offer(7_200_001 + number, **prices) for number in range(8)]
+        self.cloud.credit = 1000.0
 
     def settings(self):
-        return {**super().settings(), "CLOUDRUN_BACKEND": "vast", "VM_GPU": "RTX 4090"}
+        return {**super().settings(), "CLOUDRUN_BACKEND": "vast", "VM_GPU": "RTX_4090"}
+
+    def agrees(self, bill):
+        billed = self.cloud.meter.total()
+        return bill["seconds"] > self.meter.seconds - 1.0 and abs(bill["cost"] - billed) < 1e-5
+
+    def fair(self, bill, price):
+        """A container that comes up costs less than one that runs."""
+        return 0 < bill["cost"] < bill["seconds"] * price / 3600
 
     def take_away(self):
         """Somebody bids more."""
         (number,) = self.cloud.meter.running()
         self.cloud.outbid(number)
+        self.cloud.wait(number, "stopped")
 
 
-class LocalPlace:
-    """The same for machines that are process trees on this computer."""
-
-    least_billed = 0
+class LocalPlace(Place):
+    """Machines that are process trees on this computer."""
 
     def __init__(self, top, meter, role):
         self.limits, self.meter, self.role = {}, meter, role

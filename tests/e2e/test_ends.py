@@ -59,7 +59,8 @@ def test_exit(machinery):
     assert machinery.out(client) == "out\n" and "err\n" in machinery.err(client)
     bill = machinery.ended(2)
     assert machinery.local("model/first") == "first"
-    assert bill["reason"] == "exited" and bill["layer"] in ("agent", "guard") and bill["cost"] == 0
+    assert bill["reason"] == "exited" and bill["layer"] in ("agent", "guard")
+    assert (bill["cost"] == 0) == machinery.place.free
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV", "SIGTERM"])
@@ -100,8 +101,7 @@ def test_cost_cap(machinery):
     assert cost.wait(40) == 124, machinery.err(cost)
     bill = machinery.ended(2)
     assert bill["reason"] == "cost" and machinery.local("model/last") == "SIGINT"
-    paid = max(bill["seconds"], machinery.place.least_billed)
-    assert bill["cost"] == pytest.approx(paid * 6 / 3600, abs=1e-5) and bill["seconds"] * 6 / 3600 <= 0.018
+    assert machinery.place.fair(bill, 6) and bill["seconds"] * 6 / 3600 <= 0.018
 
 
 def test_stopped_by_a_command(machinery):
@@ -290,7 +290,8 @@ def test_a_preempted_run_goes_on_from_what_was_saved(machinery):
     assert client.wait(30) == 0
     assert machinery.out(client) == "step 0\nstep 7\n"
     bill = machinery.ended(2)
-    assert bill["attempts"] == 2 and machinery.object("attempts/1/end.json")["reason"] == "preempted"
+    end = machinery.object("attempts/1/end.json")
+    assert bill["attempts"] == 2 and (end["reason"] == "preempted" if machinery.place.notice else not end)
     assert machinery.object("receipt.json")["attempt"] == 2
 
 
@@ -298,9 +299,7 @@ def test_a_preempted_run_without_a_client_ends_preempted(machinery):
     machinery.main(RESUMED)
     lose(machinery.running("main.py", text="step 0\n"))
     wait_until(lambda: machinery.saved("model/step"))
-    machinery.take_away()
-    machinery.wait_for("attempts/1/end.json")
-    machinery.meter.wait_gone(8)
+    machinery.taken_away()
     assert machinery.object("receipt.json") is None and machinery.object("bill.json") is None
     assert machinery.run("wait") == 0, "whoever comes later goes on with it"
     assert machinery.object("bill.json")["attempts"] == 2
@@ -313,9 +312,7 @@ def test_a_client_that_slept_sees_the_machine_through_that_another_client_rented
     sleeper = machinery.running("main.py", text="step 0\n")
     wait_until(lambda: machinery.saved("model/step"))
     sleeper.send_signal(signal.SIGSTOP)
-    machinery.take_away()
-    machinery.wait_for("attempts/1/end.json")
-    machinery.meter.wait_gone(8)
+    machinery.taken_away()
     other = machinery.start("wait")
     machinery.wait_for("attempts/2/agent.json")
     guards = machinery.role("guard")
@@ -355,6 +352,8 @@ def test_a_machine_that_is_overdue_is_ended_though_the_bucket_is_out_of_reach(he
 
 
 def test_a_spot_notice_while_the_rest_drains_is_written_down_and_the_run_is_complete(machinery):
+    if not machinery.place.notice:
+        pytest.skip("nobody tells a machine there that it will be taken away")
     main = WORK + "import subprocess\nsubprocess.Popen(['sleep', '100'])\nprint('up', flush=True)"
     machinery.main(main)
     client = machinery.running("main.py", limit_drain=8.0, limit_grace_preempted=0.5)

@@ -8,8 +8,8 @@ from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
-from cloudrun.backends import Backend, Instance
-from cloudrun.errors import BucketError, Conflict, StillRunning
+from cloudrun.backends import Backend, Cost, Instance
+from cloudrun.errors import BucketError, CloudrunError, Conflict, StillRunning
 from cloudrun.formats import canonical, seconds_of, timestamp
 from cloudrun.handover import take_back
 from cloudrun.order import Order, time_of
@@ -34,6 +34,7 @@ class Ended(NamedTuple):
     """An instance was seen ended. `layer`: agent, guard, lease or sweep; started is None if nobody knows.
 
     `price`: US dollars per hour; None: that of the order. `least`: seconds that are billed in any case.
+    `cost`: if more is known than time and price. `note`: what the provider would not do for it.
     """
 
     name: str
@@ -44,6 +45,16 @@ class Ended(NamedTuple):
     price: float | None = None
     parked: str = ""
     least: float = 0.0
+    cost: Cost | None = None
+    note: str = ""
+
+    def charge(self, price: float | None) -> float | None:
+        """US dollars, at this price per hour if the machine had none of its own; None: not known."""
+        lived = max(self.ended - (self.ended if self.started is None else self.started), 0.0)
+        price = price if self.price is None else self.price
+        if self.cost:
+            return self.cost.total
+        return None if price is None else (max(lived, self.least) if lived else 0.0) * price / 3600
 
 
 def see_ended(
@@ -92,9 +103,11 @@ def _seen_ended(backend: Backend, name: str, last: Instance | None, layer: str, 
     started, ended, price = (last.started, last.ended, last.price) if last else (None, None, None)
     parked = last.parked if last else ""
     proof = f"{backend.name}: {f'{name} is stopped' if parked else f'no {name}'}, seen {timestamp(now)}"
-    return Ended(
-        name, started, now if ended is None else ended, layer, proof, price, parked, backend.least_billed
-    )
+    cost = None
+    with suppress(CloudrunError):  # who has ended a machine owes nobody its price
+        cost = backend.cost(name)
+    least, ended = backend.least_billed, now if ended is None else ended
+    return Ended(name, started, ended, layer, proof, price, parked, least, cost)
 
 
 def end_of(backend: Backend, bucket: Bucket, order: Order, attempt: int, *, grace: float) -> Ended:
@@ -140,10 +153,8 @@ def close(bucket: Bucket, order: Order, ends: list[Ended], reason: str, exit_cod
     starts = [end.started for end in ends if end.started is not None]
     lived = [max(end.ended - (end.started or end.ended), 0.0) for end in ends]
     seconds = sum(lived) if len(starts) == len(ends) else None
-    prices = [order.price if end.price is None else end.price for end in ends]
-    billed = [max(time, end.least) if time else 0.0 for time, end in zip(lived, ends, strict=True)]
-    costs = [time * price / 3600 for time, price in zip(billed, prices, strict=True) if price is not None]
-    known = seconds is not None and len(costs) == len(ends) and (ends or order.price is not None)
+    cost = cost_of(ends, order.price) if ends or order.price is not None else None
+    split = split_of(ends)
     bill = {
         "reason": reason,
         "exit_code": exit_code,
@@ -151,17 +162,37 @@ def close(bucket: Bucket, order: Order, ends: list[Ended], reason: str, exit_cod
         "ended": timestamp(max(end.ended for end in ends)) if ends else None,
         "seconds": None if seconds is None else round(seconds, 3),
         "price": order.price,
-        "cost": round(sum(costs), 6) if known else None,
+        "cost": None if seconds is None or cost is None else round(cost, 6),
+        "gpu": split and round(split.gpu, 6),
+        "disk": split and round(split.disk, 6),
+        "traffic": None if split is None or split.traffic is None else round(split.traffic, 6),
         "layer": ends[-1].layer if ends else "none",
         "proof": ends[-1].proof if ends else "no machine was ever asked for",
         "attempts": len(ends),
         "parked": ends[-1].parked if ends else "",
+        "note": " ".join(end.note for end in ends if end.note),
     }
     with suppress(Conflict):  # somebody else saw the end first; one bill is enough
         bucket.create(order.prefix + "/bill.json", canonical(bill))
     take_back(bucket, order)
     forget(bucket, order.prefix, order.run)
     return True
+
+
+def cost_of(ends: list[Ended], price: float | None) -> float | None:
+    """US dollars of all these machines; None if that of one is not known."""
+    costs = [end.charge(price) for end in ends]
+    return None if None in costs else sum(cost for cost in costs if cost is not None)
+
+
+def split_of(ends: list[Ended]) -> Cost | None:
+    """Its parts, where they are known of every machine."""
+    total = None
+    for end in ends:
+        if end.cost is None:
+            return None
+        total = end.cost.plus(total) if total else end.cost
+    return total
 
 
 def forget(bucket: Bucket, prefix: str, run: str) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterator
+from typing import Any
 
 from cloudrun.config import Settings
 from cloudrun.errors import UNKNOWN, BucketError, CloudrunError, Interrupted, UsageError
@@ -14,7 +15,7 @@ from cloudrun.order import Order, time_of
 from cloudrun.pull import Pulled, pull
 from cloudrun.receipt import Outcome
 from cloudrun.report import human_bytes, human_money, human_seconds
-from cloudrun.run import Client, check_time, dearest, find_offers
+from cloudrun.run import Client, check_time, dearest, find_offers, most_once
 from cloudrun.runs import read_bill, record
 from cloudrun.start import Wanted, amount, check_price, make_order, prepare
 from cloudrun.storage import Bucket
@@ -57,10 +58,20 @@ def last_line(bucket: Bucket, order: Order, outcome: Outcome, *fetched: str) -> 
     seconds, cost = bill.get("seconds"), bill.get("cost")
     billed = "billed time unknown" if seconds is None else f"billed {human_seconds(seconds)}"
     money = human_money(cost) + (" (local)" if order.backend == "local" and cost == 0 else "")
+    if bill.get("gpu") is not None:
+        money = split_words(bill)
     seen = bill.get("ended")
     proof = f"seen ended {seen[11:19]} UTC" if seen else bill.get("proof", "its bill is not closed yet")
-    parked = [bill["parked"]] if bill.get("parked") else []
-    return " · ".join([outcome.words, ran, billed, money, *fetched, proof, *parked])
+    more = [bill[name] for name in ("parked", "note") if bill.get(name)]
+    return " · ".join([outcome.words, ran, billed, money, *fetched, proof, *more])
+
+
+def split_words(bill: dict[str, Any]) -> str:
+    """What a machine cost whose parts are known, each of them."""
+    traffic = "unknown" if bill["traffic"] is None else human_money(bill["traffic"])
+    whole = "" if bill["cost"] is None else f"{human_money(bill['cost'])}: "
+    parts = f"GPU {human_money(bill['gpu'])}, disk {human_money(bill['disk'])}, traffic {traffic}"
+    return whole + parts
 
 
 def check_json(path: str | None) -> None:
@@ -96,19 +107,20 @@ def price_words(order: Order) -> str:
     ends = f"ends by {order.ends_by[:16].replace('T', ' ')} UTC"
     if order.price is None:
         return f"price unknown, {ends}"
-    worst = (order.seconds + order.limits["provider"]) * order.price / 3600
-    most = f"at most {human_money(worst)}" if order.price else "nothing is billed"
+    most = f"at most {human_money(order.worst)}" if order.price else "nothing is billed"
+    if order.once:
+        most += f", {human_money(order.once)} of it traffic"
     return f"{order.price:g} USD/h, {ends}, {most}"
 
 
 def dry_run_lines(client: Client, settings: Settings, wanted: Wanted) -> Iterator[str]:
     """Everything that a run would send, do and spend, a line each."""
-    bucket, offers = client.bucket, find_offers(client.backend)
-    check_price(settings, dearest(offers))
-    prepared = prepare(settings, bucket)
-    work = prepared.plan
+    bucket, prepared = client.bucket, prepare(settings, client.bucket)
+    offers, work = find_offers(client.backend, prepared.need(settings)), prepared.plan
+    price, once = dearest(offers), most_once(offers)
+    check_price(settings, price)
     nothing, now = "0" * 64, time_of(bucket)
-    order = make_order("dry-run", settings, wanted, dearest(offers), work, nothing, nothing, created=now)
+    order = make_order("dry-run", settings, wanted, price, work, nothing, nothing, created=now, once=once)
     check_time(bucket, order, offers)
     yield f"to {bucket.url}/{settings.project}:"
     for item, line in zip(work.found, work.lines, strict=True):

@@ -38,6 +38,10 @@ class NoCapacity(CloudrunError):
     """This offer cannot be had now, and nothing was started; another one may be."""
 
 
+class Refused(CloudrunError):
+    """The provider rents nothing to this account now, and nothing was started; no other offer can help."""
+
+
 class Held(CloudrunError):
     """Another run has the machine that is kept, and nothing was started."""
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cloudrun.errors import UNKNOWN, BucketError, CloudrunError, Conflict, Corrupt, Missing
+from cloudrun.errors import FAILED, UNKNOWN, BucketError, CloudrunError, Conflict, Corrupt, Missing
 from cloudrun.formats import canonical, parse, seconds_of
 from cloudrun.handover import Renewals
 from cloudrun.late import collect, is_alone
@@ -39,8 +39,8 @@ class Seen:
     """How following an attempt ended.
 
     `how`: finished (there is a receipt), preempted, shutdown (from outside), gone (without a word),
-    superseded (by the next attempt), silent, overdue, now (the user asked twice), detached. `by`: the
-    signal of the user's wish.
+    superseded (by the next attempt), silent, overdue, now (the user asked twice), detached, unusable (for
+    this run: `why`). `by`: the signal of the user's wish.
     """
 
     how: str
@@ -49,6 +49,7 @@ class Seen:
     console: str = ""
     began: bool = False
     self_end: float = 0.0
+    why: str = ""
 
     @property
     def grace(self) -> float | None:
@@ -63,6 +64,8 @@ class Seen:
             return Outcome("stopped", user_code(self.by), "ended by the user, at once")
         if self.how == "preempted":
             return Outcome("preempted", UNKNOWN, "the machine was taken away; run it again to go on")
+        if self.how == "unusable":
+            return Outcome("unusable", FAILED, f"main.py was not started: {self.why}")
         late = self.how == "shutdown" and left <= 0
         if late or self.how == "overdue" or "guard: the deadline was reached" in self.console:
             return Outcome(order.limited_by, 124, "ended at the deadline, by the guard, the provider or us")
@@ -128,7 +131,7 @@ class _Follower:
         self.name = f"{order.run}-{attempt}"
         log = f"{order.prefix}/attempts/{attempt}/log"
         self.output = Output(client.bucket, log, client.report, self.tick)
-        self.begun = self.heard = time.monotonic()
+        self.begun = self.heard = self.booted = time.monotonic()
         # Whatever the clock does later, and however long this computer sleeps. Of a run that another client
         # started we know only what its machine says: our clock may be wrong, and the bucket tell none.
         self.end_at = (
@@ -137,6 +140,7 @@ class _Follower:
         self.state: dict[str, Any] = {}
         self.asked: list[int] = []
         self.alive = self.complete = self.changed = False
+        self.lost = ""
         self.gone_at: float | None = None
         self.cut_off: BucketError | None = None
         self._counted = self._told = 0
@@ -211,7 +215,7 @@ class _Follower:
             with suppress(CloudrunError):
                 console = self.client.backend.console(self.name)
         began = self.state.get("phase") in ("run", "save")  # what is printed before is pip's
-        return Seen(how, receipt, self._by(), console, began, self.order.limits["self_end"])
+        return Seen(how, receipt, self._by(), console, began, self.order.limits["self_end"], self.lost)
 
     def _read(self, show: bool, detach: bool) -> Seen | None:
         """What the machine wrote: its receipt, or how it is."""
@@ -265,6 +269,9 @@ class _Follower:
                 late = time_of(self.client.bucket) - seconds_of(instance.deadline)
                 if late > self.order.limits["provider"]:
                     return self._seen("overdue")
+            if instance and instance.coming:
+                self.booted = self.heard = now  # its backend keeps the time
+            self.lost = instance.lost if instance else self.lost
             if instance and instance.alive:
                 self.alive, self.gone_at = True, None
             elif self.alive or instance or self.state or now - self.begun > self.order.limits["boot"]:
@@ -276,9 +283,10 @@ class _Follower:
                 return self._seen("superseded")
         if self.mine and not self.state and self._is_fatal():
             return self._seen("silent")
-        unborn = self.mine and not self.state and now - self.begun > self.order.limits["boot"]
+        unborn = self.mine and not self.state and now - self.booted > self.order.limits["boot"]
         if unborn and not self.cut_off:
-            return self._seen("silent")
+            self.lost = "the machine gave no sign of life"
+            return self._seen("unusable" if self.client.backend.stranger else "silent")
         # Of a stranger's machine whose token nobody renewed until we came, silence says nothing.
         known = not self.alone and (self.mine or not self.order.stranger or self.changed)
         if (
@@ -306,6 +314,8 @@ class _Follower:
             end = attempt_object(self.client.bucket, self.order, self.attempt, "end")
             if end:
                 return self._seen(how_of(end))
+        if self.lost:  # whoever has not begun can begin elsewhere, and is not billed for long
+            return self._seen("preempted" if self.state else "unusable")
         with suppress(CloudrunError):  # it had no time to say so, or no network
             if self.client.backend.taken_away(self.name):
                 return self._seen("preempted")

@@ -34,7 +34,8 @@ so that bytes which are not UTF-8 survive as lone surrogates):
                                        "save", "started", "ended", "seconds", "chunks", "files",
                                        "uncopied"}
                         /bill.json    {"reason", "exit_code", "started", "ended", "seconds", "cost",
-                                       "price", "layer", "proof", "attempts", "parked"}
+                                       "price", "layer", "proof", "attempts", "parked", "gpu", "disk",
+                                       "traffic", "note"}
 
 The guard gets CLOUDRUN_BOOT in its environment, a JSON object: run, attempt, instance, backend, bucket,
 prefix (<project>/runs/<run>), agent and order ([object, sha256]), left (seconds until the deadline),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from cloudrun.backends import Offer, open_backend
+from cloudrun.backends import Need, Offer, open_backend
 from cloudrun.bill import close, forget
 from cloudrun.closing import bring_home, check_json, dry_run_lines, price_words, write_record
 from cloudrun.commands import sweep_up
@@ -18,7 +18,7 @@ from cloudrun.handover import ALONE_LATER
 from cloudrun.order import Order
 from cloudrun.project import check_project, returned
 from cloudrun.report import Report
-from cloudrun.run import Client, check_limits, check_time, dearest, execute, find_offers
+from cloudrun.run import Client, check_limits, check_time, dearest, execute, find_offers, most_once
 from cloudrun.runs import last_attempt
 from cloudrun.signals import Signals
 from cloudrun.start import Prepared, Wanted, describe, prepare, store
@@ -62,12 +62,12 @@ def check(name: str, arguments: list[str], options: dict[str, Any]) -> tuple[Set
     return settings, Wanted([script, *arguments], env, options["output"], options["if_client_lost"])
 
 
-def wait_for_offers(client: Client, *, queue: bool) -> list[Offer]:
+def wait_for_offers(client: Client, need: Need, *, queue: bool) -> list[Offer]:
     """`queue`: as long as another run has the machine that is kept. Raises CloudrunError, Held among them."""
     said = False
     while True:
         try:
-            return find_offers(client.backend)
+            return find_offers(client.backend, need)
         except Held as error:
             if not queue:
                 raise
@@ -141,11 +141,11 @@ def place_order(
     check_script(prepared, wanted)
     report.say(describe(prepared))
     report.stage("offer")
-    offers = wait_for_offers(client, queue=queue)
+    offers = wait_for_offers(client, prepared.need(settings), queue=queue)
     stranger = client.backend.stranger
     check_limits(settings, offers, stranger=stranger)
-    order = store(prepared, settings, wanted, dearest(offers), (client.bucket, report), stranger=stranger)
-    return order, offers
+    price, once, ways = dearest(offers), most_once(offers), (client.bucket, report)
+    return store(prepared, settings, wanted, price, ways, stranger=stranger, once=once), offers
 
 
 def abandon(client: Client, order: Order) -> None:

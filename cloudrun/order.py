@@ -12,6 +12,7 @@ from cloudrun.errors import Corrupt
 from cloudrun.formats import canonical, parse, seconds_of, timestamp
 from cloudrun.storage import Bucket
 
+MOST_SECONDS = 120 * 24 * 3600.0  # the longest limit that a provider keeps
 TEXTS = ("run", "project", "backend", "created", "deadline", "place", "limited_by", "if_client_lost")
 FIELDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(TEXTS, str),
@@ -39,7 +40,8 @@ class Order(NamedTuple):
     `origin` is where the run was started: "the latest run" means the latest with the same origin.
     `place` says whose machines the run has, see cloudrun.config.place; `stranger`: they are not our own,
     see cloudrun.handover.
-    `env` has the names given with -e; their values travel in env.json.
+    `env` has the names given with -e; their values travel in env.json. `once`: US dollars of a run
+    however long it takes, for traffic.
     """
 
     run: str
@@ -61,6 +63,7 @@ class Order(NamedTuple):
     origin: list[str]
     place: str = ""
     stranger: bool = False
+    once: float = 0.0
 
     @property
     def prefix(self) -> str:
@@ -73,6 +76,12 @@ class Order(NamedTuple):
     def ends_by(self) -> str:
         """When the machine is gone at the latest: the provider's own limit."""
         return timestamp(seconds_of(self.deadline) + self.limits["provider"])
+
+    @property
+    def worst(self) -> float | None:
+        """What the run can cost at most, in US dollars; None if its price is not known."""
+        seconds = self.seconds + self.limits["provider"]
+        return None if self.price is None else seconds * self.price / 3600 + self.once
 
     def left(self, bucket: Bucket) -> float:
         """Seconds until the deadline."""
@@ -101,18 +110,25 @@ def read_order(data: bytes, name: str) -> Order:
 
 
 def deadline(
-    hours: float | None, cost: float | None, price: float | None, created: float, provider: float
+    hours: float | None,
+    cost: float | None,
+    price: float | None,
+    created: float,
+    provider: float,
+    *,
+    once: float = 0.0,
 ) -> tuple[str, float, str]:
     """(deadline, seconds, what set it): the earlier of the two limits.
 
-    The cost cap pays for the `provider` seconds as well, that a machine may live beyond its deadline.
+    The cost cap pays for what is taken `once`, and for the `provider` seconds that a machine may live
+    beyond its deadline.
     """
     if hours is None and not (cost and price):
         hours = DEFAULT_HOURS  # a cap on what costs nothing is none
     seconds, limited_by = (hours * 3600 if hours else float("inf")), "deadline"
     if cost is not None and price:
-        capped = max(cost / price * 3600 - provider, 0.0)
+        capped = max((cost - once) / price * 3600 - provider, 0.0)
         if capped < seconds:
             seconds, limited_by = capped, "cost"
-    seconds = min(seconds, 120 * 24 * 3600.0)  # the longest limit that a provider keeps
+    seconds = min(seconds, MOST_SECONDS)
     return timestamp(created + seconds), round(seconds, 3), limited_by

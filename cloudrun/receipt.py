@@ -20,7 +20,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 
 class Outcome(NamedTuple):
     """How a run ended, whoever said so. `reason`: exited, deadline, cost, stopped, client-lost, guard-lost,
-    failed, preempted or lost; `exit_code` is cloudrun's own; `seconds` is main.py's run time, if known."""
+    failed, unusable, preempted or lost; `exit_code` is cloudrun's own; `seconds` is main.py's, if known."""
 
     reason: str
     exit_code: int

@@ -9,10 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-from cloudrun.backends import Backend, Boot, Offer
-from cloudrun.bill import Ended, Patience, close, end_of, ends_of, see_ended
+from cloudrun.backends import ANYTHING, Backend, Boot, Need, Offer
+from cloudrun.bill import Ended, Patience, close, cost_of, end_of, ends_of, see_ended
 from cloudrun.config import USUAL, Bounds, Settings
-from cloudrun.errors import BucketError, CloudrunError, Conflict, Held, Interrupted, NoCapacity, UsageError
+from cloudrun.errors import (
+    BucketError,
+    CloudrunError,
+    Conflict,
+    Held,
+    Interrupted,
+    NoCapacity,
+    Refused,
+    UsageError,
+)
 from cloudrun.follow import Seen, conclude, follow, requested_end, since_boot
 from cloudrun.formats import canonical, timestamp
 from cloudrun.handover import HOURS, give
@@ -24,6 +33,8 @@ from cloudrun.signals import Signals
 from cloudrun.storage import Bucket
 
 CONSOLE_LINES = 8
+ELSEWHERE = ("preempted", "unusable")  # reasons for which a run goes on with another machine …
+MOST_UNUSABLE = 5  # … of strangers only so many, one after the other
 
 
 @dataclass
@@ -45,7 +56,7 @@ class Lease:
     """What is known of one machine. `end_at`: its deadline, in seconds since this computer was booted.
 
     `grace`: seconds in which it may end itself; None: it shall live on. `none`: it was never to be had.
-    `itself`: who will have ended it, if it does.
+    `itself`: who will have ended it, if it does. `note`: what the provider would not do.
     """
 
     name: str
@@ -56,6 +67,7 @@ class Lease:
     none: bool = False
     itself: str = "guard"
     ended: Ended | None = None
+    note: str = ""
 
 
 def execute(
@@ -75,6 +87,7 @@ def execute(
     """
     ends: list[Ended] = []
     end_at = since_boot() + order.left(client.bucket)  # once: a clock that is changed later moves no deadline
+    unusable = 0
     while claim(client, order, attempt, offers[0]):
         machine = Lease(instance_name(order.run, attempt), end_at)
         try:
@@ -96,12 +109,14 @@ def execute(
         if outcome.reason in ("failed", "lost") and seen.console.strip():
             tail = "\n".join(seen.console.strip().split("\n")[-CONSOLE_LINES:])
             client.report.warn(f"the last lines of the machine's console:\n{tail}")
-        others = other_offers(client, order, end_at) if outcome.reason == "preempted" else []
+        unusable = unusable + 1 if outcome.reason == "unusable" else 0
+        again = outcome.reason in ELSEWHERE and unusable < MOST_UNUSABLE
+        others = other_offers(client, order, end_at, ends) if again else []
         if not others:
             if settle(client, order, ends, outcome):
                 return outcome
             break
-        client.report.say("the machine was taken away; going on with another one, from the last save")
+        client.report.say(going_on(outcome))
         attempt, offers = attempt + 1, others
     return see_through(client, order, mine=mine)
 
@@ -121,8 +136,8 @@ def see_through(client: Client, order: Order, *, mine: bool = False) -> Outcome:
         if last_attempt(client.bucket, order) > attempt:
             continue
         outcome = conclude(client.bucket, order, seen)
-        taken = outcome.reason == "preempted"
-        others = other_offers(client, order, since_boot() + order.left(client.bucket)) if taken else []
+        elsewhere, end_at = outcome.reason in ELSEWHERE, since_boot() + order.left(client.bucket)
+        others = other_offers(client, order, end_at, [ended]) if elsewhere else []
         if others:
             client.signals.rearm()
             continued = execute(client, order, others, attempt + 1, mine=mine)
@@ -158,7 +173,7 @@ def lease(client: Client, order: Order, attempt: int, offers: list[Offer], machi
             ended = see_ended(client.backend, machine.name, patience, layer="lease", clock=clock)
             price = machine.offer.price if machine.offer and ended.price is None else ended.price
             started = ended.ended if machine.none else ended.started or machine.created
-            machine.ended = ended._replace(started=started, price=price)
+            machine.ended = ended._replace(started=started, price=price, note=machine.note)
         client.signals.rearm()
 
 
@@ -170,10 +185,16 @@ def rent(client: Client, order: Order, attempt: int, offers: list[Offer], machin
         machine.none = False
         try:
             machine.offer = offer
-            client.backend.create(machine.name, offer, boot)
+            machine.note = client.backend.create(machine.name, offer, boot) or ""
+            if machine.note:
+                client.report.warn(machine.note)
             return
+        except Refused:
+            machine.none = True
+            raise
         except NoCapacity as error:
-            if number == len(offers):
+            late = machine.end_at - since_boot() < least_seconds(order.seconds, order.limits, [offer])
+            if number == len(offers) or late:
                 machine.none = True
                 raise
             client.report.say(f"{error}; trying {offers[number].what}")
@@ -233,12 +254,18 @@ def boot_of(bucket: Bucket, order: Order, attempt: int, machine: Lease) -> Boot:
     return Boot(order.run, attempt, order.deadline, payload, left + order.limits["provider"])
 
 
-def find_offers(backend: Backend, at_most: float | None = None) -> list[Offer]:
+def going_on(outcome: Outcome) -> str:
+    if outcome.reason == "unusable":
+        return f"{outcome.words.removeprefix('main.py was not started: ')}; trying another machine"
+    return "the machine was taken away; going on with another one, from the last save"
+
+
+def find_offers(backend: Backend, need: Need = ANYTHING, at_most: float | None = None) -> list[Offer]:
     """At least one. `at_most` (USD per hour): what a run may cost was said before it started.
 
     Raises CloudrunError.
     """
-    offers = backend.offers()
+    offers = backend.offers(need)
     if at_most is not None:
         offers = [offer for offer in offers if offer.price is not None and offer.price <= at_most]
     if not offers:
@@ -252,16 +279,29 @@ def dearest(offers: list[Offer]) -> float | None:
     return None if None in prices else max(price for price in prices if price is not None)
 
 
-def other_offers(client: Client, order: Order, end_at: float) -> list[Offer]:
-    """For a run whose machine was taken away; none if nobody wants it to go on, or it has not enough left."""
+def most_once(offers: list[Offer]) -> float:
+    """US dollars that whichever of them it will be takes at most, however short the run is."""
+    return max(offer.once for offer in offers)
+
+
+def other_offers(client: Client, order: Order, end_at: float, ends: list[Ended]) -> list[Offer]:
+    """For a run that has to go on elsewhere; none if nobody wants that, or it has not enough left.
+
+    Neither of time nor of money: it never costs more than was said before it started.
+    """
+    left = end_at - since_boot()
     try:
         if client.signals.received or requested_end(client.bucket, order.prefix)[0]:
             return []
-        offers = find_offers(client.backend, order.price)
+        need = Need(order.manifest["bytes"], hours=left / 3600, seconds=left)
+        offers = find_offers(client.backend, need, order.price)
     except CloudrunError:
         return []
-    least = least_seconds(order.seconds, order.limits, offers)
-    return offers if end_at - since_boot() > least else []
+    spent = cost_of(ends, order.price)
+    if order.worst is not None and spent is not None:
+        late = left + order.limits["provider"]
+        offers = [each for each in offers if spent + (each.price or 0) * late / 3600 <= order.worst]
+    return offers if offers and left > least_seconds(order.seconds, order.limits, offers) else []
 
 
 def least_seconds(seconds: float, limits: dict[str, float], offers: list[Offer]) -> float:
@@ -276,7 +316,8 @@ def check_limits(settings: Settings, offers: list[Offer], *, stranger: bool = Fa
     So it does for one that is too long for a stranger's machine: its last results could not come back.
     """
     hours, late = settings.max_hours, settings.limits["provider"]
-    _, seconds, _ = deadline(hours, settings.max_cost, dearest(offers), 0.0, late)
+    limits, once = (hours, settings.max_cost), most_once(offers)
+    _, seconds, _ = deadline(*limits, dearest(offers), 0.0, late, once=once)
     if stranger and seconds > HOURS * 3600:
         raise UsageError(
             f"a run on somebody else's machine may take {HOURS:g} hours, and the limits leave "

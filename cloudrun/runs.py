@@ -151,6 +151,10 @@ def described(
         "run_seconds": outcome.seconds if outcome else None,
         "billed_seconds": bill["seconds"] if bill else None,
         "cost_usd": bill["cost"] if bill else None,
+        "gpu_usd": (bill or {}).get("gpu"),
+        "disk_usd": (bill or {}).get("disk"),
+        "traffic_usd": (bill or {}).get("traffic"),
         "ended_by": bill["layer"] if bill else None,
         "proof": bill["proof"] if bill else None,
+        "note": (bill or {}).get("note") or None,
     }

@@ -9,17 +9,21 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
+from cloudrun.backends import Need
 from cloudrun.bill import forget
 from cloudrun.config import Settings
 from cloudrun.errors import BucketError, UsageError
 from cloudrun.formats import canonical, timestamp
 from cloudrun.index import Index, index_path
-from cloudrun.order import Order, deadline, here, new_run_id, run_prefix, time_of
+from cloudrun.order import MOST_SECONDS, Order, deadline, here, new_run_id, run_prefix, time_of
 from cloudrun.project import DATA, Scan, returned, scan, summary
 from cloudrun.report import Report, human_bytes
 from cloudrun.send import Plan, plan, send
 from cloudrun.storage import Bucket
 from cloudrun.zipapp import agent_archive
+
+RETURNED = ("model/", "checkpoint/")
+LEAST_BACK = 10**9  # bytes
 
 
 class Wanted(NamedTuple):
@@ -37,6 +41,12 @@ class Prepared(NamedTuple):
     scanned: Scan
     known: Index
     plan: Plan
+
+    def need(self, settings: Settings, hours: float = 1.0) -> Need:
+        """For choosing a machine: as much as lies where outputs do is expected to come back, or 1 GB."""
+        back = (item.status.st_size for item in self.plan.found if item.path.startswith(RETURNED))
+        seconds = settings.max_hours * 3600 if settings.max_hours else MOST_SECONDS
+        return Need(self.plan.size, max(sum(back), LEAST_BACK), hours, seconds, settings.max_cost)
 
 
 def prepare(settings: Settings, bucket: Bucket) -> Prepared:
@@ -64,6 +74,7 @@ def store(
     client: tuple[Bucket, Report],
     *,
     stranger: bool = False,
+    once: float = 0.0,
 ) -> Order:
     """Send what is missing and write the order: from here on the run exists. Undone if it fails half-way."""
     bucket, report = client
@@ -82,7 +93,7 @@ def store(
         if wanted.env:
             bucket.create(prefix + "/env.json", canonical(wanted.env))
         manifest = digest.hexdigest()
-        order = make_order(run, settings, wanted, price, sent, manifest, agent, created=now)
+        order = make_order(run, settings, wanted, price, sent, manifest, agent, created=now, once=once)
         order = order._replace(stranger=stranger)
         bucket.create(prefix + "/order.json", order.content())
     except BaseException:
@@ -110,9 +121,11 @@ def make_order(
     agent: str,
     *,
     created: float,
+    once: float = 0.0,
 ) -> Order:
     late = settings.limits["provider"]
-    until, seconds, limited_by = deadline(settings.max_hours, settings.max_cost, price, created, late)
+    limits = settings.max_hours, settings.max_cost
+    until, seconds, limited_by = deadline(*limits, price, created, late, once=once)
     outputs = returned(wanted.outputs)
     return Order(
         run=run,
@@ -133,6 +146,7 @@ def make_order(
         limits=settings.limits,
         origin=here(),
         place=settings.place,
+        once=once,
     )
 
 

@@ -12,7 +12,7 @@ from cloudrun.bill import Ended, Patience, close, ends_of, forget, see_ended
 from cloudrun.config import USUAL, Bounds
 from cloudrun.errors import BucketError, CloudrunError, Corrupt, StillRunning
 from cloudrun.follow import Seen, conclude, how_of
-from cloudrun.formats import parse, seconds_of
+from cloudrun.formats import canonical, parse, seconds_of, timestamp
 from cloudrun.handover import take_back
 from cloudrun.late import collect
 from cloudrun.limits import DEFAULTS
@@ -60,7 +60,7 @@ def overdue(
 ) -> tuple[str, str]:
     """(as in Seen.how, why) of a machine that has to be ended by whoever sees it; empty if it need not be."""
     if not instance.alive:
-        return "gone", "whose guard and agent are gone"
+        return "gone", f"because {instance.lost}" if instance.lost else "whose guard and agent are gone"
     with suppress(Corrupt):
         if receipt and now - seconds_of(receipt["ended"]) > 2 * limits["self_end"]:
             return "finished", "which had finished, and did not end itself"
@@ -81,6 +81,7 @@ class _Visit:
         self.now = time_of(bucket)
         self.ended: dict[str, Ended] = {}
         self.console, self.how = "", "gone"
+        self.goes_on = False
 
     def visit(self, project: str | None, machines: list[Instance]) -> str:
         """What could not be ended, in words."""
@@ -106,6 +107,8 @@ class _Visit:
             how, why = overdue(instance, limits, receipt, self.now)
             if how and not self._is_by_hand(instance):
                 self._end(instance.name, how, why, limits["stop"])
+                if instance.lost and order and not self.dry_run:
+                    self._note_lost(order, instance)
         if len(self.ended) < len(machines) or not project:
             return
         if order is None:
@@ -151,12 +154,19 @@ class _Visit:
         objects = (attempt_object(self.bucket, order, attempt, what) for what in ("claim", "state", "end"))
         times = [seconds_of(found["time"]) for found in objects if found and "time" in found]
         silent = self.now - max([_named(order.run), *times])
-        over = receipt or self.ended or silent > QUIET_SECONDS
+        over = receipt or (self.ended and not self.goes_on) or silent > QUIET_SECONDS
         if over and not self._only_say("close the bill of"):
             outcome = self._outcome(order, attempt)
             grace = DEFAULTS["self_end"]
             ends = ends_of(self.backend, self.bucket, order, self.ended.values(), grace=grace)
             close(self.bucket, order, ends, outcome.reason, outcome.exit_code)
+
+    def _note_lost(self, order: Order, instance: Instance) -> None:
+        """The run may go on elsewhere, if its client is still there or anybody comes for it."""
+        self.goes_on, self.how = True, "preempted"
+        end = f"{order.prefix}/attempts/{instance.attempt}/end.json"
+        with suppress(BucketError):  # the machine has said why it ended, or nobody will know
+            self.bucket.create(end, canonical({"reason": "preempted", "time": timestamp(self.now)}))
 
     def _outcome(self, order: Order, attempt: int) -> Outcome:
         state = attempt_object(self.bucket, order, attempt, "state") or {}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cloudrun.backends import Boot, Instance, Offer
+from cloudrun.backends import ANYTHING, Boot, Cost, Instance, Need, Offer
 from cloudrun.errors import BucketError, CloudrunError, NoCapacity
 from cloudrun.formats import canonical, frame, timestamp
 from cloudrun.report import Report
@@ -33,6 +33,7 @@ class FakeBackend:
 
     def __init__(self) -> None:
         self.machines: dict[str, Instance] = {}
+        self.costs: dict[str, Cost] = {}
         self.calls: list[str] = []
         self.boots: list[Boot] = []
         self.words = ""
@@ -42,7 +43,7 @@ class FakeBackend:
         self.taken: set[str] = set()
         self.on_call: Callable[[str], None] = lambda what: None
 
-    def offers(self) -> list[Offer]:
+    def offers(self, need: Need = ANYTHING) -> list[Offer]:
         self._called("offers")
         return [OFFER]
 
@@ -79,6 +80,9 @@ class FakeBackend:
 
     def taken_away(self, name: str) -> bool:
         return name in self.taken
+
+    def cost(self, name: str) -> Cost | None:
+        return self.costs.get(name)
 
     def console(self, name: str) -> str:
         return self.words if name in self.machines else ""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fakes import OFFER, FakeBackend
 
-from cloudrun.backends import Boot
+from cloudrun.backends import Boot, Cost
 from cloudrun.bill import Ended, Patience, close, forget, see_ended
 from cloudrun.errors import Conflict, StillRunning
 from cloudrun.formats import canonical
@@ -180,8 +180,34 @@ def test_a_bill_sums_the_machines_up(bucket: FolderBucket) -> None:
         "proof": "seen 1",
         "attempts": 2,
         "parked": "",
+        "gpu": None,
+        "disk": None,
+        "traffic": None,
+        "note": "",
     }
     assert list(bucket.names("open/")) == [] and bucket.size(order.prefix + "/env.json") is None
+
+
+def test_a_bill_has_the_parts_where_they_are_known_of_every_machine(bucket: FolderBucket) -> None:
+    order = make_order()
+    first, second = ends((1000, 1100), (1200, 1300))
+    first = first._replace(cost=Cost(0.5, 0.25, 0.125), note="no limit of its own")
+    close(bucket, order, [first, second._replace(cost=Cost(1.0, 0.5, 0.25))], "exited", 0)
+    bill = read_bill(bucket, order)
+    assert bill and (bill["gpu"], bill["disk"], bill["traffic"]) == (1.5, 0.75, 0.375)
+    assert bill["cost"] == 2.625 and bill["note"] == "no limit of its own"
+
+
+@pytest.mark.parametrize(("traffic", "parts"), [(None, (1.0, 0.5, None)), (0.25, (1.0, 0.5, 0.25))])
+def test_traffic_that_is_not_known_leaves_the_cost_unknown(
+    bucket: FolderBucket, traffic: float | None, parts: object
+) -> None:
+    order = make_order()
+    (end,) = ends((1000, 1100))
+    close(bucket, order, [end._replace(cost=Cost(1.0, 0.5, traffic))], "exited", 0)
+    bill = read_bill(bucket, order)
+    assert bill and (bill["gpu"], bill["disk"], bill["traffic"]) == parts
+    assert bill["cost"] == (None if traffic is None else 1.75)
 
 
 def test_what_is_not_known_is_not_invented(bucket: FolderBucket) -> None:

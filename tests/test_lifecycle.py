@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from fakes import OFFER, ActingBucket, ActingReport, FakeAgent, FakeBackend, rec
 
 from cloudrun import bill as billing
 from cloudrun import commands, launch, run
-from cloudrun.backends import Boot
+from cloudrun.backends import Boot, Cost
 from cloudrun.config import Settings, from_env
 from cloudrun.errors import (
     BucketError,
@@ -24,12 +25,13 @@ from cloudrun.errors import (
     CloudrunError,
     Interrupted,
     NoCapacity,
+    Refused,
     StillRunning,
     UsageError,
 )
 from cloudrun.follow import since_boot
 from cloudrun.formats import canonical
-from cloudrun.order import Order
+from cloudrun.order import Order, deadline
 from cloudrun.run import Client
 from cloudrun.runs import read_bill
 from cloudrun.signals import Signals
@@ -354,7 +356,7 @@ def test_the_bucket_does_not_hide_a_machine_that_still_runs(make: Callable[..., 
 
 def test_no_machine_can_be_had(make: Callable[..., World]) -> None:
     world = make()
-    world.backend.offers = list  # type: ignore[method-assign]
+    world.backend.offers = lambda *_: []  # type: ignore[method-assign]
     with pytest.raises(CloudrunError, match="no such machine now"):
         world.whole()
     assert "create" not in world.backend.calls
@@ -483,7 +485,7 @@ def test_a_machine_that_goes_without_a_receipt(
     world.backend.words = console
     with Signals() as signals:
         order = world.order()
-        world.backend.offers = lambda: [OFFER._replace(boot_seconds=1e9)]  # longer than the run may last
+        world.backend.offers = lambda *_: [OFFER._replace(boot_seconds=1e9)]  # longer than the run may last
         outcome = run.execute(world.client(signals), order, [OFFER])
     assert outcome
     assert outcome.exit_code == code and words in outcome.words
@@ -498,7 +500,7 @@ def test_a_run_is_not_continued_on_a_dearer_machine(
     """What it costs at most was said before it started."""
     world = make("state preempted", "state receipt")
     order = world.order()
-    world.backend.offers = lambda: [OFFER._replace(price=price)]
+    world.backend.offers = lambda *_: [OFFER._replace(price=price)]
     with Signals() as signals:
         outcome = run.execute(world.client(signals), order, [OFFER])
     assert outcome and len(world.backend.boots) == machines
@@ -550,6 +552,114 @@ def test_a_machine_that_never_speaks_is_ended_when_its_boot_has_taken_too_long(
     assert outcome.exit_code == 125 and "gave no sign of life" in outcome.words
     world.assert_ended()
     world.assert_closed()
+
+
+# --- a stranger's machine, which may be of no use
+
+
+def test_a_strangers_machine_that_never_speaks_is_ended_and_another_one_does(
+    make: Callable[..., World],
+) -> None:
+    world = make("nothing", "state log receipt")
+    order, world.backend.stranger = world.order()._replace(once=1.0), True
+    order.limits["boot"] = 0.2
+    first, second = Cost(0.005, 0.0025, 0.00125), Cost(0.01, 0.005, 0.0025)
+    world.backend.costs = {f"{order.run}-1": first, f"{order.run}-2": second}
+    outcome = world.execute(order)
+    assert outcome.exit_code == 0 and len(world.backend.boots) == 2
+    assert any("no sign of life; trying another machine" in line for line in world.report.lines)
+    bill = read_bill(world.bucket, order)
+    assert bill and (bill["attempts"], bill["cost"]) == (2, 0.02625), "what the first one cost is on the bill"
+    world.assert_ended()
+    world.assert_closed()
+
+
+def test_a_run_that_would_cost_more_than_was_said_does_not_go_on(make: Callable[..., World]) -> None:
+    world = make("nothing", "state log receipt")
+    order, world.backend.stranger = world.order(), True
+    order.limits["boot"] = 0.2
+    world.backend.costs = {f"{order.run}-1": Cost(0.0, 0.0, 5.0)}
+    outcome = world.execute(order)
+    assert outcome.exit_code == 125 and len(world.backend.boots) == 1
+    world.assert_ended()
+    world.assert_closed()
+
+
+def test_so_many_machines_are_tried_and_no_more(make: Callable[..., World]) -> None:
+    world = make(*["nothing"] * 9)
+    order, world.backend.stranger = world.order(), True
+    order.limits["boot"] = 0.1
+    outcome = world.execute(order)
+    assert (outcome.reason, outcome.exit_code) == ("unusable", 125)
+    assert len(world.backend.boots) == run.MOST_UNUSABLE
+    world.assert_ended()
+    world.assert_closed()
+
+
+@pytest.mark.parametrize("turns", ["nothing", "state"])
+def test_a_machine_that_its_backend_calls_lost_is_ended_and_the_run_goes_on(
+    make: Callable[..., World], turns: str
+) -> None:
+    world = make(turns, "state log receipt")
+    order = world.order()
+
+    def lose(what: str) -> None:
+        name = f"{order.run}-1"
+        if what == "find" and world.backend.calls.count("find") > 1 and name in world.backend.machines:
+            old = world.backend.machines[name]
+            world.backend.machines[name] = old._replace(alive=False, lost="its host went away")
+
+    world.backend.on_call = lose
+    outcome = world.execute(order)
+    assert outcome.exit_code == 0 and len(world.backend.boots) == 2
+    world.assert_ended()
+    world.assert_closed()
+
+
+def test_a_machine_that_is_coming_has_all_the_time_that_its_backend_gives_it(
+    make: Callable[..., World],
+) -> None:
+    world = make("nothing")
+    order = world.order()
+    order.limits.update(boot=0.2, agent_silence=0.1, state=0.01)
+    began = time.monotonic()
+
+    def coming(what: str) -> None:
+        for name, machine in world.backend.machines.items():
+            still = time.monotonic() - began < 2.0
+            world.backend.machines[name] = machine._replace(coming=still)
+
+    world.backend.on_call = coming
+    outcome = world.execute(order)
+    assert outcome.exit_code == 125 and time.monotonic() - began > 2.0
+    world.assert_ended()
+
+
+def test_who_rents_nothing_to_us_is_asked_once_and_nothing_is_waited_for(make: Callable[..., World]) -> None:
+    world = make()
+    order = world.order()
+    world.backend.appears_within = 60.0
+
+    def refuse(what: str) -> None:
+        if what == "create":
+            raise Refused("no credit")
+
+    world.backend.on_call = refuse
+    with Signals() as signals, pytest.raises(Refused):
+        run.execute(world.client(signals), order, [OFFER, OFFER])
+    assert world.backend.calls.count("create") == 1
+    bill = read_bill(world.bucket, order)
+    assert bill and bill["seconds"] == bill["cost"] == 0
+    world.assert_closed()
+
+
+def test_what_a_run_takes_once_is_in_its_worst_case_and_in_its_cap(make: Callable[..., World]) -> None:
+    world = make()
+    order = world.order()._replace(once=0.5)
+    late = order.limits["provider"]
+    assert order.worst == pytest.approx((order.seconds + late) * 3.6 / 3600 + 0.5)
+    _, seconds, why = deadline(None, 1.0, 3.6, 0.0, 60.0, once=0.5)
+    assert (seconds, why) == (pytest.approx(0.5 / 3.6 * 3600 - 60), "cost")
 
 
 def test_a_script_that_stays_here_is_said_before_anything_is_sent(make: Callable[..., World]) -> None:

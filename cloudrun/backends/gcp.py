@@ -13,7 +13,7 @@ import time
 from typing import Any, NamedTuple
 
 from cloudrun.account import SCOPES
-from cloudrun.backends import Boot, Instance, Offer
+from cloudrun.backends import ANYTHING, Boot, Cost, Instance, Need, Offer
 from cloudrun.backends.gcp_api import ApiError, Compute, QuotaExceeded
 from cloudrun.backends.gcp_boot import startup_script
 from cloudrun.backends.gcp_prices import price as known_price
@@ -110,21 +110,23 @@ class GcpBackend:
 
     # --- what could be had
 
-    def offers(self) -> list[Offer]:
+    def offers(self, need: Need = ANYTHING) -> list[Offer]:
         wanted = self._wanted
         found = self._kept()
         if found:
             zone, vm = found
             self._check_kept(zone, vm)
-            return [self._offer(shape_of(vm), zone, is_spot(vm))]
+            return [self._offer(shape_of(vm), zone, is_spot(vm), need.hours)]
         self._compute.ready()
         if wanted.image.startswith("projects/") and "/family/" in wanted.image:
             self._check_image(wanted.image)
-        return [self._offer(wanted.shape, zone, wanted.spot) for zone in wanted.zones]
+        return [self._offer(wanted.shape, zone, wanted.spot, need.hours) for zone in wanted.zones]
 
-    def _offer(self, shape: Shape, zone: str, spot: bool) -> Offer:
+    def _offer(self, shape: Shape, zone: str, spot: bool, hours: float) -> Offer:
         price = known_price(shape, zone, spot) if self._price is None else self._price
-        return Offer(f"{shape.words}{', spot' * spot} in {zone}", price, self._boot_seconds, zone)
+        expected = None if price is None else price * hours
+        what = f"{shape.words}{', spot' * spot} in {zone}"
+        return Offer(what, price, self._boot_seconds, zone, expected=expected, place=zone)
 
     def _check_image(self, image: str) -> None:
         _, project, _, _, _, family = image.split("/")
@@ -350,6 +352,9 @@ class GcpBackend:
             for zone in zones
             for each in self._compute.operations(zone, "compute.instances.preempted")
         )
+
+    def cost(self, name: str) -> Cost | None:
+        return None
 
     def console(self, name: str) -> str:
         found = self._found(name)

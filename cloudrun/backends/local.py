@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-from cloudrun.backends import Boot, Instance, Offer
+from cloudrun.backends import ANYTHING, Boot, Cost, Instance, Need, Offer
 from cloudrun.config import data_directory, place
 from cloudrun.errors import CloudrunError
 from cloudrun.formats import timestamp
@@ -47,8 +47,9 @@ class LocalBackend:
         self._price, self.place = price, place(self.name, os.environ)
         self._children: list[subprocess.Popen[bytes]] = []
 
-    def offers(self) -> list[Offer]:
-        return [Offer("this computer", self._price, BOOT_SECONDS)]
+    def offers(self, need: Need = ANYTHING) -> list[Offer]:
+        expected = self._price * need.hours
+        return [Offer("this computer", self._price, BOOT_SECONDS, expected=expected, place="here")]
 
     def create(self, name: str, offer: Offer, boot: Boot) -> None:
         self._tidy()
@@ -118,6 +119,9 @@ class LocalBackend:
 
     def taken_away(self, name: str) -> bool:
         return False  # this computer is ours
+
+    def cost(self, name: str) -> Cost | None:
+        return None
 
     def console(self, name: str) -> str:
         with suppress(OSError), open(os.path.join(self._folder(name), "console"), errors="replace") as file:

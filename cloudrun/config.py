@@ -15,7 +15,7 @@ from cloudrun.limits import limits
 DEFAULT_HOURS = 24.0
 FETCH_FILES, FETCH_GB = 1_000_000, 200.0
 BACKENDS = ("gcp", "vast", "local")
-OF_A_VM = ("GCP_ACCOUNT", "GCLOUD_PROJECT", "VM_")
+OF_A_VM = ("GCP_ACCOUNT", "GCLOUD_PROJECT", "VM_", "VAST_")
 
 NEEDED = {"gcp": ("GCLOUD_PROJECT", "GCS_DIR"), "vast": ("VAST_API_KEY", "GCS_DIR"), "local": ()}
 
@@ -133,7 +133,9 @@ def place(backend: str, environ: Mapping[str, str]) -> str:
     """Whose machines a backend sees: who looks from elsewhere cannot say that one has ended."""
     if backend == "local":
         return f"{os.uname().nodename}:{data_directory(environ)}"
-    return f"{backend}:{environ.get('GCLOUD_PROJECT', '')}" if backend == "gcp" else backend
+    if backend == "vast":  # its account has no name that can be known without asking
+        return "vast:" + hashlib.sha256(environ.get("VAST_API_KEY", "").encode()).hexdigest()[:12]
+    return f"{backend}:{environ.get('GCLOUD_PROJECT', '')}"
 
 
 def data_directory(environ: Mapping[str, str]) -> str:

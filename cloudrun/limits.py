@@ -10,6 +10,9 @@ from collections.abc import Mapping
 DEFAULTS: dict[str, float] = {
     "boot": 300,  # from the create call to the agent's first word
     "boot_least": 90,  # a machine in a cloud that has less than this, and the reserve, is not started
+    "provisioning": 300,  # on vast.ai, from the create call until its host begins
+    "pull": 1800,  # until its host has loaded the image
+    "away": 180,  # while its host is out of reach, or it is frozen, before the run goes on elsewhere
     "fetch": 7200,  # inputs onto the machine
     "environment": 1800,  # the login shell, and installing what the project requires
     "login": 20,  # the login shell alone

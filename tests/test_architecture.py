@@ -30,11 +30,13 @@ LAYERS = (
     ("output", "pull", "send", "runs"),
     ("order", "receipt", "report", "signals", "terminal"),
     ("index",),
-    ("backends.local", "backends.gcp"),
-    ("backends.gcp_api", "backends.gcp_boot", "backends.gcp_vm", "backends.vast_boot"),
+    ("backends.local", "backends.gcp", "backends.vast"),
+    ("backends.vast_money",),
+    ("backends.vast_jobs", "backends.vast_state"),
+    ("backends.gcp_api", "backends.gcp_boot", "backends.gcp_vm", "backends.vast_api", "backends.vast_boot"),
     ("backends",),
     ("zipapp",),
-    ("backends.gcp_prices", "backends.gcp_shapes"),
+    ("backends.gcp_prices", "backends.gcp_shapes", "backends.vast_offers"),
     ("project", "config"),
     ("storage.folder", "storage.gcs", "storage.rest", "limits"),
     ("gs",),
@@ -51,6 +53,7 @@ OPENED = {
     ("storage", "storage.rest"),
     ("backends", "backends.local"),
     ("backends", "backends.gcp"),
+    ("backends", "backends.vast"),
     ("doctor", "doctor.gcp"),
     ("doctor", "doctor.vast"),
 }
@@ -70,6 +73,7 @@ SENT = (
 CATCH_ALL = {
     "backends/gcp_api.py: call",  # what the SDK raises is translated: its own errors and other libraries'
     "backends/gcp_api.py: _every",  # the same
+    "backends/vast_api.py: _load",  # the same
     "backends/gcp_api.py: _load",  # kept for who waits for the SDK
     "agent/main.py: main",  # the machine has to end, whatever it is
     "agent/main.py: work",  # main.py's end is reported, whatever went wrong around it

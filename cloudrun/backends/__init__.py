@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 from cloudrun.config import Settings
-from cloudrun.errors import UsageError
 
 
 class Need(NamedTuple):
@@ -173,4 +172,6 @@ def open_backend(settings: Settings) -> Backend:
         from cloudrun.backends.gcp import GcpBackend
 
         return GcpBackend(settings)
-    raise UsageError(f"the {settings.backend} backend is not part of this version; use --backend local")
+    from cloudrun.backends.vast import VastBackend
+
+    return VastBackend(settings)

@@ -1,0 +1,397 @@
+"""Containers on machines of strangers, rented through vast.ai.
+
+The label says whose container it is: run, attempt, when it has to be gone. Only a destroyed container costs
+nothing: one is destroyed when the service says that there is no such instance, and not before. A host that
+was rented once is not rented again by the same client.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from contextlib import suppress
+from typing import Any
+
+from cloudrun.backends import ANYTHING, Boot, Cost, Instance, Need, Offer
+from cloudrun.backends.vast_api import GONE, Api, ApiError
+from cloudrun.backends.vast_boot import Label, environment, label_of, onstart, read_label
+from cloudrun.backends.vast_jobs import arm, disarm
+from cloudrun.backends.vast_money import Usage, charged, charges_query, total
+from cloudrun.backends.vast_offers import (
+    GB,
+    MOST,
+    Host,
+    Load,
+    disk_for,
+    expected,
+    names_of,
+    query,
+    ranked,
+    wanted,
+    worst,
+)
+from cloudrun.backends.vast_state import (
+    AWAY,
+    COMING,
+    FAILED,
+    TAKEN,
+    Stage,
+    described,
+    ended_one,
+    number,
+    stage,
+)
+from cloudrun.config import Settings, place
+from cloudrun.errors import CloudrunError, NoCapacity, Refused, UsageError
+
+PAGE = "https://cloud.vast.ai/instances/"
+ASK_AGAIN_LOOKS = 2  # looks between two calls that destroy: the service takes one in 3 s
+READ_LOOKS = 4  # looks between two requests for a console …
+TEXT_SECONDS = 30.0  # … of which the text is there by then, or never
+TAKEN_WORDS = ("no_such_ask", "no longer available", "not available")
+NO_MONEY = {
+    "insufficient_credit": "add credit at https://cloud.vast.ai/billing/",
+    "spend_rate_limit": "a new account may spend so much in an hour only: wait, or ask vast.ai for more",
+}
+RUNTYPE = "ssh_direc ssh_proxy"  # as vastai sends it: onstart runs, and a person can log in
+
+
+class VastBackend:
+    """See cloudrun.backends.Backend."""
+
+    name = "vast"
+    stranger = True
+    least_billed = 0.0
+    slowness = 4.0
+
+    def __init__(self, settings: Settings) -> None:
+        self._wanted, self._limits = wanted(settings.vm), settings.limits
+        self._api = Api(settings.vm["VAST_API_KEY"], os.environ)
+        self.place = place(self.name, settings.vm)
+        self.pace = 1.25 * settings.limits["look"]  # the service takes a look in 2 s
+        self.appears_within = settings.limits["appears"] / 2
+        self._hosts: dict[str, Host] = {}
+        self._used: set[str] = set()  # machines
+        self._numbers: dict[str, list[int]] = {}  # instances of a name that were made or seen here
+        self._doubtful: set[str] = set()  # names of which there may be another one
+        self._seen: set[int] = set()
+        self._gone: dict[int, float] = {}  # since when
+        self._last: dict[str, Instance] = {}
+        self._phases: dict[int, tuple[str, float]] = {}
+        self._asked: dict[int, float] = {}
+        self._usage: dict[int, Usage] = {}
+        self._consoles: dict[int, tuple[float, str, str]] = {}  # when asked for, where it is, what it said
+        self._made: dict[int, tuple[float, str]] = {}  # when, with which label
+
+    # --- what could be had
+
+    def offers(self, need: Need = ANYTHING) -> list[Offer]:
+        load = Load(need.bytes_in / GB, need.bytes_out / GB, need.seconds, need.most)
+        disk, late = disk_for(self._wanted, load), self._limits["provider"]
+        names = names_of(self._wanted.gpu, self._api.ask("/gpu_names/unique/").get("gpu_names") or ())
+        rows = self._api.search(query(self._wanted, names, disk, load)).get("offers")
+        if not isinstance(rows, list):
+            raise ApiError("its answer to the search cannot be read")
+        hosts = [Host(row, disk) for row in rows if isinstance(row, dict)]
+        fitting = [host for host in hosts if not host.misfit(self._wanted, names, load, late)]
+        best = ranked([host for host in fitting if host.machine not in self._used], load, need.hours)
+        self._check_credit(best, load, late)
+        self._hosts.update({host.id: host for host in best})
+        return [self._offer(host, load, need.hours) for host in best]
+
+    def _offer(self, host: Host, load: Load, hours: float) -> Offer:
+        return Offer(
+            what=host.words,
+            price=host.price,
+            boot_seconds=self._limits["boot_least"],
+            where=host.id,
+            once=host.once(load, MOST),  # each host that is tried may have to load the image
+            expected=expected(host, load, hours),
+            reliability=host.number("reliability2"),
+            down=host.number("inet_down"),
+            up=host.number("inet_up"),
+            place=host.place,
+        )
+
+    def _check_credit(self, hosts: list[Host], load: Load, late: float) -> None:
+        """Raises Refused if not even the first of them can be paid to the end."""
+        user = self._api.ask("/users/current")
+        credit = (number(user, "credit") or 0.0) + min(number(user, "balance") or 0.0, 0.0)
+        least = worst(hosts[0], load, late) if hosts else 0.0
+        if credit <= 0 or credit < least:
+            raise Refused(
+                f"vast.ai: a credit of {credit:.2f} USD does not pay for the {least:.2f} USD that the run "
+                f"can cost: {NO_MONEY['insufficient_credit']}, or limit it with --max-hours or --max-cost"
+            )
+
+    # --- renting
+
+    def create(self, name: str, offer: Offer, boot: Boot) -> str | None:
+        host, label = self._hosts[offer.where], label_of(boot)
+        if any(each not in self._gone for each in self._numbers.get(name, ())):
+            raise CloudrunError(f"there is a {name} already")
+        if host.machine in self._used:
+            raise NoCapacity(f"{host.words} was tried already")
+        made = self._rent(name, host, label, boot)
+        self._used.add(host.machine)
+        return arm(self._api, made, self._api.now() + boot.seconds)
+
+    def _rent(self, name: str, host: Host, label: str, boot: Boot) -> int:
+        """The number of the instance. Raises NoCapacity, Refused, or ApiError if one may have been made."""
+        order = {
+            "client_id": "me",
+            "image": self._wanted.image,
+            "disk": host.disk,
+            "label": label,
+            "runtype": RUNTYPE,
+            "env": environment({**boot.payload, "gpus": self._wanted.gpus, "user": ""}, os.environ),
+            "onstart": onstart(name),
+            "cancel_unavail": True,
+        }
+        try:
+            answer = self._ordered(f"/asks/{host.id}/", order)
+        except ApiError as error:
+            answer = {"new_contract": self._after(error, name, host, label)}
+        made = answer.get("new_contract")
+        if not isinstance(made, int):
+            self._doubtful.add(name)
+            raise ApiError("it did not say which instance it made")
+        self._note(name, made, host, label)
+        if answer.get("success") is False:
+            self._undo(made)
+            raise NoCapacity(f"{host.words} could not start")
+        return made
+
+    def _ordered(self, path: str, order: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a create call, which is sent again only if the service did not look at it."""
+        until = time.monotonic() + self._limits["stop"]
+        while True:
+            try:
+                return self._api.act("put", path, order)
+            except UsageError as error:
+                raise Refused(str(error)) from None
+            except ApiError as error:
+                if error.code != 429 or time.monotonic() > until:
+                    raise
+                time.sleep(max(error.pause, self.pace))
+
+    def _note(self, name: str, made: int, host: Host, label: str) -> None:
+        self._numbers.setdefault(name, []).append(made)
+        self._made[made] = self._api.now(), label
+        usage = self._usage.setdefault(made, Usage(host.disk))
+        usage.look(self._api.now(), host.row, Stage(COMING, "", ""))
+
+    def _after(self, error: ApiError, name: str, host: Host, label: str) -> int:
+        """What an error of the create call means: the instance that it made all the same, or an error."""
+        text = f"{error.slug} {error}"
+        if error.slug in NO_MONEY:
+            raise Refused(f"{error}: {NO_MONEY[error.slug]}")
+        if error.code in (400, 404, 410) and any(word in text for word in TAKEN_WORDS):
+            raise NoCapacity(f"{host.words} was taken by somebody else")
+        if 400 <= error.code < 500:
+            raise Refused(str(error))  # our key, our order, or too many requests for too long
+        until = time.monotonic() + self.appears_within
+        while True:  # nobody knows what was done: never another offer before that is known
+            with suppress(ApiError):
+                for row in self._api.listed():
+                    if row.get("label") == label and row.get("id") not in self._made:
+                        return int(row["id"])
+            if time.monotonic() > until:
+                break
+            time.sleep(self.pace)
+        self._doubtful.add(name)
+        self._used.add(host.machine)
+        raise NoCapacity(f"{host.words}: {error}, and no machine has appeared")
+
+    def _undo(self, made: int) -> None:
+        """Destroy what was made and cannot start, and see it gone. Raises ApiError."""
+        until = time.monotonic() + self._limits["stop"]
+        while True:
+            with suppress(ApiError):
+                self._destroy(made)
+                if self._row(made) is None:
+                    return
+            if time.monotonic() > until:
+                raise ApiError(f"the instance {made}, which cannot start, is still there")
+            time.sleep(self.pace)
+
+    # --- looking and ending
+
+    def find(self, name: str) -> Instance | None:
+        rows = self._rows(name)
+        if rows:
+            self._last[name] = self._described(rows[0])
+            return self._last[name]
+        ends = [end for made in self._numbers.get(name, ()) if (end := self._gone[made]) is not None]
+        last = self._last.get(name)
+        return last._replace(alive=False, coming=False, ended=max(ends)) if last and ends else None
+
+    def all(self) -> list[Instance]:
+        rows = [row for row in self._api.listed() if read_label(row.get("label"))]
+        return [self._described(row) for row in rows]
+
+    def others(self) -> list[str]:
+        rows = [row for row in self._api.listed() if not read_label(row.get("label"))]
+        return [f"instance {row.get('id')} ({row.get('label') or 'no label'})" for row in rows]
+
+    def stop(self, name: str) -> None:
+        if not self._numbers.get(name) or name in self._doubtful:
+            self._rows(name)
+        for made in self._numbers.get(name, ()):  # without a look, of which one in 2 s is let through
+            self._destroy(made)
+        for made in self._numbers.get(name, ()):
+            if made in self._gone and self._made.pop(made, (0.0, ""))[0]:
+                disarm(self._api, made)
+
+    def _destroy(self, made: int) -> None:
+        now = time.monotonic()
+        if made in self._gone or now - self._asked.get(made, -math.inf) < ASK_AGAIN_LOOKS * self.pace:
+            return
+        self._asked[made] = now
+        try:
+            self._api.act("delete", f"/instances/{made}/", {})
+        except ApiError as error:
+            if error.slug != GONE:
+                raise
+            self._ended(made)
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        """The instances of this name that are there, as the service shows them."""
+        known = self._numbers.get(name)
+        rows = [row for made in known or () if made not in self._gone and (row := self._row(made))]
+        if known and name not in self._doubtful:
+            return rows
+        for row in self._api.listed():
+            label = read_label(row.get("label"))
+            if label and label.name == name and row["id"] not in [each["id"] for each in rows]:
+                rows.append(row)
+                self._described(row)
+        return rows or self._unlisted(name)
+
+    def _unlisted(self, name: str) -> list[dict[str, Any]]:
+        """A list has hidden instances that went on costing money: what ever did is looked at by itself."""
+        rows = []
+        for source, cost in self._charged(name, set()).items():
+            made = int(source.rpartition("-")[2])
+            if made in self._gone or made in self._numbers.get(name, ()):
+                continue
+            self._seen.add(made)
+            self._numbers.setdefault(name, []).append(made)
+            row = self._row(made)
+            if row:
+                rows.append(row)
+            elif cost.ended:  # somebody else saw it alive, or nobody
+                self._gone[made] = min(cost.ended, self._api.now())
+                run, _, attempt = name.rpartition("-")
+                self._last.setdefault(name, ended_one(name, run, int(attempt), cost))
+        return rows
+
+    def _row(self, made: int) -> dict[str, Any] | None:
+        """One instance; None if the service says that there is none. Raises ApiError."""
+        try:
+            answer = self._api.ask(f"/instances/{made}/", {"owner": "me"}, patient=False)
+        except ApiError as error:
+            if error.slug != GONE:
+                raise
+            answer = {"instances": None}
+        if "instances" not in answer:
+            raise ApiError(f"its answer about the instance {made} cannot be read")
+        row = answer["instances"]
+        if isinstance(row, list):
+            row = next((each for each in row if each.get("id") == made), None)
+        if row is None:
+            if made not in self._seen and made not in self._asked:
+                self._look_for(made)
+            self._ended(made)
+            return None
+        self._seen.add(made)
+        return {**row, "id": made}
+
+    def _look_for(self, made: int) -> None:
+        """One that was made and never seen: what cannot be seen yet can be destroyed all the same."""
+        if self._api.now() < self._made[made][0] + self.appears_within:
+            raise ApiError(f"the instance {made} was made, and cannot be seen yet")
+        self._destroy(made)
+        if made not in self._gone:
+            raise ApiError(f"the instance {made} was not to be seen, and is being destroyed")
+
+    def _ended(self, made: int) -> None:
+        if made not in self._gone:
+            self._gone[made] = self._api.now()
+            if made in self._usage:
+                self._usage[made].look(self._api.now(), None, None)
+
+    def _described(self, row: dict[str, Any]) -> Instance:
+        made, found = int(row["id"]), stage(row)
+        when, given = self._made.get(made, (self._api.now(), ""))
+        label = read_label(row.get("label")) or read_label(given) or Label("", 0, 0)
+        if made not in self._numbers.setdefault(label.name, []):
+            self._numbers[label.name].append(made)
+        self._usage.setdefault(made, Usage(number(row, "disk_space") or 0.0)).look(
+            self._api.now(), row, found
+        )
+        return described(row, label, found, self._lost(made, row, found), when)
+
+    def _lost(self, made: int, row: dict[str, Any], found: Stage) -> str:
+        """Why this instance is of no use any more; empty while it is, or may be again."""
+        phase, since = self._phases.get(made, ("", 0.0))
+        now = time.monotonic()
+        if phase != found.phase:
+            since = now
+            self._phases[made] = found.phase, now
+        if found.kind not in (COMING, AWAY):  # one whose program ended it, or the kernel, would end again
+            return found.words if found.kind in (TAKEN, FAILED) else ""
+        budget = self._limits["away" if found.kind == AWAY else found.phase]
+        age = self._api.now() - (number(row, "start_date") or self._api.now())
+        late = found.kind == COMING and age > self._limits["provisioning"] + self._limits["pull"]
+        return found.words if now - since > budget or late else ""
+
+    # --- money and words
+
+    def taken_away(self, name: str) -> bool:
+        last = self._last.get(name)
+        return bool(last and last.lost)
+
+    def cost(self, name: str) -> Cost | None:
+        numbers = self._numbers.get(name, [])
+        wanted, found = {f"instance-{made}" for made in numbers}, {}
+        with suppress(CloudrunError):
+            found = self._charged(name, wanted)
+        if found and wanted <= set(found):
+            return total(list(found.values()))
+        seen = [self._usage[made].cost() for made in numbers if made in self._usage]
+        return total(seen) if seen else None
+
+    def _charged(self, name: str, wanted: set[str]) -> dict[str, Cost]:
+        """What the provider took, by source; without sources `wanted`, of all with the label of this name."""
+        run, _, attempt = name.rpartition("-")
+        rows = self._api.ask("/charges/", charges_query(self._api.now())).get("results")
+        return charged(rows if isinstance(rows, list) else [], wanted, f"cloudrun/{run}/{attempt}/")
+
+    def console(self, name: str) -> str:
+        """What is known of it by now: a text is asked for, and there some seconds later."""
+        numbers = [made for made in self._numbers.get(name, ()) if made in self._seen or made in self._gone]
+        if not numbers:
+            return ""
+        made = numbers[-1]
+        asked, url, text = self._consoles.get(made, (-math.inf, "", ""))
+        if self._phases.get(made, ("", 0.0))[0] in ("provisioning", "pull"):
+            return ""  # there is no container yet that could say anything
+        if url and (new := self._api.fetched(url)) is not None:
+            url, text = "", new
+        age = time.monotonic() - asked
+        if made not in self._gone and age > (TEXT_SECONDS if url else READ_LOOKS * self.pace):
+            asked = time.monotonic()
+            with suppress(ApiError):
+                answer = self._api.act("put", f"/instances/request_logs/{made}/", {"tail": "200"})
+                url = str(answer.get("result_url") or "")
+        self._consoles[made] = asked, url, text
+        return text.replace("\r\n", "\n")[-4000:]
+
+    def by_hand(self, name: str) -> str:
+        numbers = [made for made in self._numbers.get(name, ()) if made not in self._gone]
+        if not numbers:
+            return f"destroy the instance with the label of {name} there: {PAGE}"
+        commands = "\n".join(f"vastai destroy instance {made}  # {name}" for made in numbers)
+        return f"{commands}\nor there: {PAGE}"

@@ -148,6 +148,19 @@ click.version_option(__version__, prog_name="cloudrun")(cli)
 QUIET = flag("-q", "--quiet", help="Say only what is wrong.")
 AS_JSON = flag("--json", "as_json", help="Print JSON; see the README for the fields.")
 COMMANDS: dict[str, tuple[str, list[click.Parameter]]] = {
+    "offers": (
+        "Show what could be rented now, best first.",
+        [
+            option(
+                "--hours",
+                type=click.FloatRange(0, min_open=True),
+                default=1.0,
+                show_default=True,
+                help="For so long the expected cost is.",
+            ),
+            AS_JSON,
+        ],
+    ),
     "ps": (
         "Show the runs whose bill is open, and the machines, of every backend.",
         [flag("-a", "--all", "history", help="Runs that have ended, too."), AS_JSON],
@@ -168,7 +181,7 @@ COMMANDS: dict[str, tuple[str, list[click.Parameter]]] = {
     "pull": ("Bring a run's outputs, or its last save, home.", []),
 }
 for name, (words, params) in COMMANDS.items():
-    run = [] if name in ("ps", "gc") else [click.Argument(["run"], required=False)]
+    run = [] if name in ("ps", "gc", "offers") else [click.Argument(["run"], required=False)]
     cli.add_command(Command(name, params=[*run, *params, QUIET], help=words, short_help=words))
 cli.add_command(
     Doctor(

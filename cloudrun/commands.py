@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 
 from cloudrun import follow as following
+from cloudrun import offers as offering
 from cloudrun import pull as pulling
 from cloudrun.backends import Backend
 from cloudrun.bill import close, end_of
@@ -66,6 +67,11 @@ def ps(client: Client, settings: Settings, *, as_json: bool, history: bool = Fal
     if sight.others:
         client.report.say("not made by cloudrun, billed, and left alone: " + ", ".join(sight.others))
     return code or (FAILED if sight.blind else 0)
+
+
+def offers(client: Client, settings: Settings, *, hours: float, as_json: bool) -> int:
+    """What could be rented now for the project in this directory."""
+    return sweep_up(client) or offering.offers(client, settings, hours=hours, as_json=as_json)
 
 
 def logs(client: Client, settings: Settings, run: str | None, *, follow: bool) -> int:

@@ -22,7 +22,7 @@ LAYERS = (
     ("doctor",),
     ("doctor.google",),
     ("commands", "closing"),
-    ("drill", "listing"),
+    ("drill", "listing", "offers"),
     ("run", "start", "sweep"),
     ("follow",),
     ("bill",),

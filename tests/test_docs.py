@@ -15,6 +15,7 @@ import pytest
 from cloudrun import config, errors
 from cloudrun.backends.gcp import DISK_GB
 from cloudrun.backends.gcp_prices import disk_per_month
+from cloudrun.backends.vast_offers import DEFAULT_IMAGE, DOWN, EGRESS, RELIABILITY, UP
 from cloudrun.cli import cli
 from cloudrun.limits import DEFAULTS
 
@@ -35,8 +36,9 @@ def example(name: str) -> str:
 
 def test_every_setting_is_in_the_table_and_nothing_else() -> None:
     read = set()
-    for path in (TOP / "cloudrun" / "backends").glob("gcp*.py"):
-        read |= set(re.findall(r'"(VM_[A-Z_]+)"', path.read_text()))
+    for path in (TOP / "cloudrun" / "backends").glob("*_*.py"):
+        read |= set(re.findall(r'"((?:VM|VAST)_[A-Z_]+)"', path.read_text()))
+    read |= set(re.findall(r'"(VM_[A-Z_]+)"', (TOP / "cloudrun/backends/gcp.py").read_text()))
     for path in (TOP / "cloudrun").glob("*.py"):
         read |= set(re.findall(r'environ(?:\.get\(|\[)"([A-Z_]+)"', path.read_text()))
         read |= set(re.findall(r'number\("([A-Z_]+)"', path.read_text()))
@@ -79,6 +81,15 @@ def test_the_seconds_in_the_text_are_those_of_the_limits() -> None:
     assert f"after {DEFAULTS['grace_terminate']} more SIGKILL" in text
     grace, save = DEFAULTS["reserve_grace"], DEFAULTS["reserve_save"]
     assert f"{grace} s, and {save} s or twice the longest save" in text
+
+
+def test_what_is_said_of_vast_is_what_the_code_does() -> None:
+    section = README.split("## Runs on vast.ai", 1)[1].split("\n## ", 1)[0]
+    for name, words in (("provisioning", "begin within"), ("pull", "image within"), ("boot", "life within")):
+        assert f"{words} {DEFAULTS[name] / 60:.0f}" in section
+    assert f"out of reach for {DEFAULTS['away'] / 60:.0f} minutes" in section
+    assert f"reliability of {RELIABILITY}, {DOWN:.0f} Mbit/s down and {UP:.0f} up" in section
+    assert f"{EGRESS} USD per GB" in section and DEFAULT_IMAGE in README
 
 
 def test_what_a_parked_machine_costs_is_what_the_prices_say() -> None:

@@ -472,10 +472,11 @@ def test_the_local_backend_has_less_to_look_at(tmp_path: Path) -> None:
     assert done.returncode == 2 and "export GCS_DIR=file://" in done.stdout
 
 
-def test_vast_is_not_part_of_this_version(tmp_path: Path) -> None:
+def test_settings_that_vast_cannot_have_are_found(tmp_path: Path) -> None:
     env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "VAST_API_KEY": "k", "GCS_DIR": "gs://b"}
+    env.update({"VM_GPU": "none", "VAST_IMAGE": "image"})
     done = subprocess.run([*COMMAND, "doctor"], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and "export CLOUDRUN_BACKEND=gcp" in done.stdout
+    assert done.returncode == 2 and "export VM_GPU=" in done.stdout and "export VAST_IMAGE=" in done.stdout
 
 
 def test_options_that_only_a_run_obeys_are_refused(tmp_path: Path) -> None:

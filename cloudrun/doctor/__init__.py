@@ -39,6 +39,7 @@ EXAMPLES = {
     "VM_USER": "$USER",
     "VM_IMAGE": "projects/my-project-id/global/images/my-image",
     "VAST_API_KEY": "my-key",
+    "VAST_IMAGE": "pytorch/pytorch:2.7.1-cuda12.8-cudnn9-runtime",
 }
 
 
@@ -133,6 +134,10 @@ def settings(environ: Mapping[str, str], flag: str | None) -> Iterator[Finding]:
         from cloudrun.backends.gcp import wanted
 
         problems += _problems(wanted, of_a_vm(environ))
+    if backend == "vast":
+        from cloudrun.backends.vast_offers import wanted as container
+
+        problems += _problems(container, of_a_vm(environ))
     for problem in problems:
         yield Finding("settings", WRONG, problem, _exports(problem))
     if not problems:

@@ -186,7 +186,7 @@ def vast(tmp_path):
         yield found
 
 
-@pytest.fixture(params=["local", "gcp"])
+@pytest.fixture(params=["local", "gcp", "vast"])
 def machinery(request, tmp_path):
     """Machines everywhere: the life of a run is the same."""
     if request.param in CLOUDS:

@@ -336,7 +336,7 @@ def test_who_waits_for_a_run_ends_a_machine_that_has_outlived_its_deadline(machi
     signal_all(hung, signal.SIGSTOP)
     assert waiting.wait(30) == 124, machinery.err(waiting)
     bill = machinery.ended(2)
-    assert bill["layer"] == "sweep" and bill["reason"] == "deadline" and 6 < machinery.meter.seconds < 9
+    assert bill["layer"] == "sweep" and bill["reason"] == "deadline" and 5 < machinery.meter.seconds < 9
 
 
 def test_a_machine_that_is_overdue_is_ended_though_the_bucket_is_out_of_reach(here):

@@ -6,6 +6,7 @@ After each test nothing costs money: the meter is the judge.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,6 +173,15 @@ def test_a_netrc_does_not_replace_our_key(rig: VastRig, tmp_path: Path) -> None:
     assert all(
         request.key == "account" for request in rig.vast.requests if request.method != "gpu_names.unique"
     )
+
+
+def test_without_the_extra_it_is_one_sentence(rig: VastRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vastai"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "vastai", None)  # as the import system marks what is not there
+    with pytest.raises(UsageError) as found:
+        rig.client().offers(NEED)
+    assert str(found.value) == "the vast backend needs its client: pip install 'cloudrun[vast]'"
 
 
 def test_the_client_says_nothing_on_its_own(rig: VastRig, capfd: pytest.CaptureFixture[str]) -> None:

@@ -80,8 +80,9 @@ class Seen:
 
 
 def how_of(end: dict[str, Any]) -> str:
-    """Of an end.json: whether the provider took the machine away, or somebody shut it down."""
-    return "shutdown" if end.get("reason") == "shutdown" else "preempted"
+    """Of an end.json: taken away by the provider, shut down by somebody, or of no use."""
+    reason = end.get("reason")
+    return reason if reason in ("shutdown", "unusable") else "preempted"
 
 
 def fatal_lines(console: str) -> list[str]:
@@ -313,6 +314,7 @@ class _Follower:
             self._read_state()
             end = attempt_object(self.client.bucket, self.order, self.attempt, "end")
             if end:
+                self.lost = str(end.get("why", ""))[:300] or self.lost
                 return self._seen(how_of(end))
         if self.lost:  # whoever has not begun can begin elsewhere, and is not billed for long
             return self._seen("preempted" if self.state else "unusable")

@@ -26,7 +26,8 @@ so that bytes which are not UTF-8 survive as lone surrogates):
                                      /late/save-<3 digits>, /late/log-<3 digits>  archives, see below
                                      /late/receipt  what is to be receipt.json
                                      /log/<8 digits>  frames, see `frame`
-                                     /end.json    {"reason", "time"}: the attempt ended, the run may go on
+                                     /end.json    {"reason", "time"}: the attempt ended, the run may go on;
+                                                  of a machine that is of no use also {"why"}
                         /saved/<sha256>  output content, immutable
                         /outputs.json {"attempt", "sequence", "time", "files": [manifest lines without parts]}
                         /model/... /checkpoint/...  copies of the final outputs under their own names

@@ -121,6 +121,11 @@ class Attempt:
     def fetch(self) -> bool:
         """All that main.py needs. False if the run must end before it has begun."""
         trouble = driver_trouble(self.watch.boot)
+        if trouble and self.order.get("stranger"):  # another one may do, which the client finds
+            end = {"reason": "unusable", "why": trouble, "time": stamp()}
+            self.bucket.create(self.watch.attempt + "/end.json", canonical(end))
+            self.reason = "preempted"  # as far as we are concerned: there is no receipt yet
+            return False
         if trouble:
             raise CloudrunError(trouble)
         fetch = Fetch(self.watch)

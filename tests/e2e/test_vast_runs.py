@@ -99,6 +99,18 @@ def test_a_host_that_is_silent_is_destroyed_and_the_next_one_is_taken(vast):
     nothing_is_left(vast)
 
 
+def test_a_host_whose_gpu_does_not_answer_is_left_for_the_next_one(vast):
+    """Before anything is fetched; here the first container's card is broken, and no other one."""
+    vast.main(WORK + "sys.exit(4)")
+    client = vast.start("main.py")
+    wait_until(lambda: vast.place.cloud.all_machines, 30)
+    vast.place.cloud.all_machines[0].set_gpu("fail")
+    assert client.wait(60) == 4, vast.err(client)
+    assert "0 of 1 GPUs can be used" in vast.err(client) and "trying another machine" in vast.err(client)
+    assert vast.object("bill.json")["attempts"] == 2
+    nothing_is_left(vast)
+
+
 def test_outbid_and_continued(vast):
     vast.main(RESUMED)
     client = vast.running("main.py", text="step 0\n")

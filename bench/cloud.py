@@ -1,6 +1,6 @@
 """What a run costs beside main.py itself, and how late its output is, on an emulated Google Cloud.
 
-    make bench ARGS="billed boot=2"      a table: billed start log ps; machines that boot for 2 s, not 20
+    make bench ARGS="billed boot=2"      a table: billed vast start log ps; machines that boot for 2 s, not 20
     make bench ARGS="log seconds=30"     a program of 30 s, not 60
 
 Emulated machines are processes of this computer: what they take is real, what a cloud takes is `boot`.
@@ -33,7 +33,7 @@ from cloud import machines
 from cloud.compute import Cloud
 from cloud.storage import Storage
 from gce import Gce, missing
-from places import QUICK
+from places import QUICK, VastPlace
 from test_bill import make_order
 
 Row = tuple[str, str, str, str, str]
@@ -45,6 +45,7 @@ def main(words: list[str]) -> None:
     boot, seconds = float(options.get("boot", 20)), float(options.get("seconds", 60))
     tables: dict[str, Callable[[], Iterator[Row]]] = {
         "billed": lambda: billed(boot),
+        "vast": lambda: vast(boot),
         "start": lambda: start(boot),
         "log": lambda: log(seconds),
         "ps": ps,
@@ -52,7 +53,7 @@ def main(words: list[str]) -> None:
     print(row("what", "cloudrun", "of the emulator", "more", "promise"))
     for name, measure in tables.items():
         if not names or name in names:
-            reason = missing() or (machines.unavailable() if name in ("billed", "start") else "")
+            reason = missing() or (machines.unavailable() if name in ("billed", "vast", "start") else "")
             for line in [(name, "-", reason, "", "")] if reason else measure():
                 print(row(*line), flush=True)
     print(f"load of this machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
@@ -138,6 +139,37 @@ def billed(boot: float) -> Iterator[Row]:
         yield "  " + words, s(until - since), s(boot) if until == times["booted"] else "", "", ""
     off = end - stopping - exited
     yield "main.py's exit to power-off, with the save", s(off), "", "", "1 s + save"
+
+
+def vast(boot: float) -> Iterator[Row]:
+    """The same on the emulated vast.ai, which bills from the rental on; `boot`: loading the image."""
+    root = machines.disk_root()
+    with (
+        tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as disks,
+        tempfile.TemporaryDirectory() as top,
+    ):
+        here, folder = VastPlace(disks), Path(top)
+        here.cloud.market.timing = replace(here.cloud.market.timing, pull=boot)
+        path = folder / "digits"
+        shutil.copytree(TOP / "examples" / "digits", path)
+        env = {**environment(folder), **here.settings()}
+        done = subprocess.run([*CLOUDRUN, "main.py"], cwd=path, env=env, capture_output=True)
+        ran, billed = (
+            here.object("receipt.json"),
+            sum(map(here.cloud.meter.seconds, here.cloud.meter.names())),
+        )
+        here.close()
+    if done.returncode or not ran:
+        yield "digits on vast.ai", "-", done.stderr.decode().strip().rpartition("\n")[2], "", ""
+        return
+    more = billed - ran["seconds"]
+    yield (
+        "vast.ai: billed seconds that are not main.py's",
+        s(more),
+        f"{boot:g} s boot",
+        s(more - boot),
+        "boot + 3 s",
+    )
 
 
 def start(boot: float) -> Iterator[Row]:

@@ -7,12 +7,14 @@ import threading
 import pytest
 from cloud.errors import bad_request
 from cloud.faults import Answer, Empty
-from gce import Gce
+from cloud.tokens import Granted
+from gce import Gce, key_file
 from machine import signal_all, wait_until
 from test_ends import POLITE, RESUMED, SLEEP, UNTIL_STOPPED, WORK, hours, lose
 
 from cloudrun.backends.gcp_prices import disk_per_month
 
+ROBOT = "robot@test-project.iam.gserviceaccount.com"
 VM = {"VM_INSTANCE": "my-vm", "VM_SPOT": "0"}
 
 
@@ -348,3 +350,14 @@ def test_the_program_runs_as_the_user_of_the_machine(gcp):
     assert not any("in-no-metadata" in str(request.body) for request in cloud.requests)
     assert "in-no-metadata" not in cloud.console("my-vm")
     assert not any(b"in-no-metadata" in found.data for found in gcp.place.storage.objects("b").values())
+
+
+def test_a_bucket_that_asks_for_tokens_gets_those_of_the_client_and_of_the_machine(gcp):
+    cloud, storage = gcp.place.cloud, gcp.place.storage
+    key = key_file(cloud, gcp.top / "key.json", ROBOT)
+    storage.tokens = Granted(cloud.tokens)
+    client = gcp.main(WORK).start("main.py", GOOGLE_APPLICATION_CREDENTIALS=str(key))
+    assert client.wait(60) == 0, gcp.err(client)
+    assert gcp.ended(3)["layer"] == "agent" and gcp.local("model/first") == "first"
+    asked = {cloud.tokens[each.token].principal for each in storage.requests if each.token}
+    assert asked == {ROBOT, cloud.project.service_account} and all(each.token for each in storage.requests)

@@ -49,3 +49,8 @@ def test_what_comes_after_the_guard_ends_a_machine_that_it_has_not(result: str, 
     words[-1] = "poweroff() { echo off; }; " + words[-1]
     done = subprocess.run(words, env={"SERVICE_RESULT": result}, text=True, capture_output=True)
     assert done.stdout == "off\n" * ends
+
+
+def test_the_unit_protects_nobody_from_the_memory_killer() -> None:
+    """The guard protects itself; what its unit protects is inherited by the agent and by main.py."""
+    assert not [each for each in properties() if each.startswith("OOMScoreAdjust")]

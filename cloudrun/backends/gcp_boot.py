@@ -27,12 +27,12 @@ END-OF-GUARD
 export CLOUDRUN_BOOT={boot} CLOUDRUN_ROLE=guard {environ}
 if [ -d /run/systemd/system ]; then
     systemd-run --quiet --unit=cloudrun-guard --collect --working-directory={folder} \\
-        -p KillMode=mixed -p TimeoutStopSec=25 -p OOMScoreAdjust=-1000 -p StandardOutput=journal+console \\
+        -p KillMode=mixed -p TimeoutStopSec=25 -p StandardOutput=journal+console \\
         -p OOMPolicy=continue -p {stop_post} {setenv} python3 -I -S guard.py && exit 0
 fi
 python3 -I -S guard.py && exit 0
 # Its agent saves, and ends the machine. When that is gone as well, nobody else is left.
-while grep -qs CLOUDRUN_ROLE=agent /proc/[0-9]*/environ; do sleep 1; done
+while grep -qsx cloudrun-agent /proc/[0-9]*/comm; do sleep 1; done
 poweroff -f
 """
 # Of a guard that was killed or has crashed: with it systemd has killed all that was below it. One that ends

@@ -149,9 +149,14 @@ def _stop_all(client: Client, settings: Settings, now: bool) -> int:
     """Every run is asked first, so that they end side by side; what goes wrong with one stops no other."""
     sweep_up(client)
     backends = {each.place: each for each in _backends(client, settings)}
-    orders = [load(client.bucket, *found) for found in open_runs(client.bucket)]
-    asked = [(order, _ask(client, order, now)) for order in orders]
-    code = 0
+    asked, code = [], 0
+    for project, run in open_runs(client.bucket):
+        try:
+            order = load(client.bucket, project, run)
+            asked.append((order, _ask(client, order, now)))
+        except CloudrunError as error:  # its client is just sending, say
+            client.report.error(f"{run}: {error}")
+            code = max(code, error.exit_code, key=URGENCY.index)
     for order, at_once in asked:
         try:
             if order.place not in backends:

@@ -97,7 +97,7 @@ def rows(bucket: Bucket, sight: Sight, report: Report, *, history: bool = False)
 
     runs = every_run(bucket) if history else open_runs(bucket)
     known = [found for found in side_by_side(row, runs, 2 * bucket.workers) if found]
-    known_runs = {run for _, run in runs}
+    known_runs = {each.record["run"] for each in known}  # else an order that is damaged hides a machine
     alone = [each for run, found in machines.items() if run not in known_runs for each in found]
     known += [_of_machine(backend, instance) for backend, instance in alone]
     return sorted(known, key=lambda row: str(row.record["started"]))

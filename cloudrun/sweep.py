@@ -64,6 +64,7 @@ def overdue(
     with suppress(Corrupt):
         if receipt and now - seconds_of(receipt["ended"]) > 2 * limits["self_end"]:
             return "finished", "which had finished, and did not end itself"
+    with suppress(Corrupt):  # whatever a receipt says
         late = now - seconds_of(instance.deadline)
         if late > limits["provider"]:
             return "overdue", f"{late / 60:.0f} min past its deadline"

@@ -17,7 +17,7 @@ from fakes import OFFER, ActingBucket, ActingReport, FakeAgent, FakeBackend, rec
 
 from cloudrun import bill as billing
 from cloudrun import commands, launch, run
-from cloudrun.backends import Boot, Cost
+from cloudrun.backends import Boot, Cost, Instance
 from cloudrun.config import Settings, from_env
 from cloudrun.errors import (
     BucketError,
@@ -30,12 +30,14 @@ from cloudrun.errors import (
     UsageError,
 )
 from cloudrun.follow import since_boot
-from cloudrun.formats import canonical
+from cloudrun.formats import canonical, timestamp
+from cloudrun.limits import DEFAULTS
 from cloudrun.order import Order, deadline
 from cloudrun.run import Client
 from cloudrun.runs import read_bill
 from cloudrun.signals import Signals
 from cloudrun.start import Wanted, prepare, store
+from cloudrun.sweep import overdue
 
 STAGES = ("scan", "offer", "send", "order", "create", "created", "follow", "stop", "bill", "pull")
 LIMITS = "CLOUDRUN_LIMITS"
@@ -813,6 +815,13 @@ def test_a_sweep_that_cannot_end_a_machine_is_122(make: Callable[..., World]) ->
     world.assert_ended()
 
 
+def test_a_receipt_with_a_time_that_is_none_keeps_no_machine_alive() -> None:
+    """It comes from the machine, which may belong to a stranger."""
+    machine = Instance("m-1", "m", 1, timestamp(1000), 0.0, alive=True)
+    for ended in ("never", timestamp(999999)):
+        assert overdue(machine, DEFAULTS, receipt_of(ended=ended), 2000.0)[0] == "overdue"
+
+
 def test_detach_leaves_the_machine_and_returns_nothing(make: Callable[..., World]) -> None:
     world = make("nothing nothing state")
     assert world.execute(world.order(), detach=True) is None
@@ -828,6 +837,23 @@ def test_stop_before_the_first_machine_claims_it_away(make: Callable[..., World]
     outcome = world.execute(order)  # its client comes too late
     assert outcome.exit_code == 130 and "create" not in world.backend.calls
     world.assert_closed()
+
+
+def test_a_run_that_is_just_being_sent_does_not_keep_stop_all_from_the_others(
+    make: Callable[..., World],
+) -> None:
+    """Its mark is in open/ before its order is written."""
+    world = make("state nothing")
+    world.backend.place = world.settings.place
+    order = world.order()
+    assert world.execute(order, detach=True) is None
+    for run_id in ("aaa-20260101-000000-0000", "zzz-20990101-000000-0000"):
+        world.bucket.create(f"open/{run_id}", b"{}")
+    with Signals() as signals:
+        client = world.client(signals)
+        assert commands.stop(client, world.settings, None, now=False, every=True) == 125
+    world.assert_ended()
+    assert list(world.bucket.names("open/")) == ["open/zzz-20990101-000000-0000"]
 
 
 def test_stop_now_is_the_users_end_for_the_first_client_too(make: Callable[..., World]) -> None:

@@ -113,6 +113,14 @@ def test_the_oldest_comes_first_and_what_is_damaged_hides_nothing(bucket: Folder
     assert [row.record["run"] for row in found] == [old.run, young.run]
 
 
+def test_a_machine_whose_order_cannot_be_read_is_shown_and_doubtful(bucket: FolderBucket) -> None:
+    """As of another version of cloudrun, or of a client that went before it had written it."""
+    order = add(bucket)
+    bucket.put(order.prefix + "/order.json", b"not json")
+    (row,) = rows(bucket, seen(machine(order)), QUIET)
+    assert row.doubtful and row.record["machine"] == f"{order.run}-1"
+
+
 @pytest.mark.parametrize("machine_is", [{"alive": False}, {"deadline": timestamp(time.time() - 3600)}])
 def test_a_machine_that_has_to_be_ended_is_doubtful(bucket: FolderBucket, machine_is: dict[str, Any]) -> None:
     order = add(bucket)

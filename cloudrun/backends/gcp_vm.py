@@ -60,7 +60,7 @@ def described(zone: str, vm: Any) -> Instance:
         attempt=_number(attempt),
         deadline=timestamp(_number(vm.labels.get(ENDS, ""))),
         started=started,
-        alive=vm.status != "TERMINATED",
+        alive=vm.status != "TERMINATED" or is_being_taken(vm),  # who follows its run has to wait
         ended=ended,
         leftover=ended is not None and not is_kept(vm),
         price=price_of(zone, vm),

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from cloud.errors import bad_request
-from cloud.faults import Answer, Empty
+from cloud.faults import Answer, Empty, Slow
 from cloud.tokens import Granted
 from gce import Gce, key_file
 from machine import signal_all, wait_until
@@ -93,6 +93,19 @@ def test_who_does_not_wait_and_comes_too_late_is_told(gcp):
     assert sorted(client.wait(60) for client in clients) == [0, 125]
     late = next(client for client in clients if client.returncode)
     assert "my-vm" in gcp.err(late) and not gcp.place.open_runs()
+    gcp.meter.wait_gone(2)
+
+
+def test_who_waits_for_a_run_that_is_just_taking_the_machine_waits_for_its_end(gcp):
+    """Between the labels and the start it is parked still, and belongs to the run already."""
+    gcp.main(WORK)
+    assert gcp.run("main.py", **VM) == 0
+    cloud = gcp.place.cloud
+    cloud.faults.on("instances.setMetadata", Slow(10.0), nth=1)
+    client = gcp.start("main.py", **VM)
+    wait_until(lambda: any(each.method == "instances.setMetadata" for each in cloud.requests), 40)
+    assert gcp.run("wait", **VM) == 0
+    assert client.wait(60) == 0
     gcp.meter.wait_gone(2)
 
 

@@ -42,6 +42,9 @@ def test_colours_and_the_line_itself_pass(text):
         (b"a\x07b\x00c\x0ed\x7fe\x0bf", b"abcdef"),
         ("a\x9b2Jb\x9d0;x\x07c".encode(), b"a2Jb0;xc"),  # C1, as UTF-8
         (b"a\x9b2Jb", b"a2Jb"),  # and raw
+        (b"a\xc2\xc2\x80\x9b2Jb", b"a\xc22Jb"),  # what is left must not become another one
+        (b"a\xc2\x07\x80\x9b2Jb", b"a\xc22Jb"),
+        (b"a\x80\x9b2Jb", b"a2Jb"),
         (b"a\x1b[3\nb", b"a3\nb"),
         (b"a\x1b\x1b]0;t\x07b", b"ab"),
         (b"a\x1b[\x1b[2Jb", b"ab"),

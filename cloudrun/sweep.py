@@ -155,9 +155,12 @@ class _Visit:
         objects = (attempt_object(self.bucket, order, attempt, what) for what in ("claim", "state", "end"))
         times = [seconds_of(found["time"]) for found in objects if found and "time" in found]
         silent = self.now - max([_named(order.run), *times])
-        over = receipt or (self.ended and not self.goes_on) or silent > QUIET_SECONDS
-        if over and not self._only_say("close the bill of"):
-            outcome = self._outcome(order, attempt)
+        if not (receipt or (self.ended and not self.goes_on) or silent > QUIET_SECONDS):
+            return
+        outcome = self._outcome(order, attempt)
+        if outcome.reason == "preempted" and silent <= QUIET_SECONDS:
+            return  # its client may be about to go on with it
+        if not self._only_say("close the bill of"):
             grace = DEFAULTS["self_end"]
             ends = ends_of(self.backend, self.bucket, order, self.ended.values(), grace=grace)
             close(self.bucket, order, ends, outcome.reason, outcome.exit_code)

@@ -822,6 +822,29 @@ def test_a_receipt_with_a_time_that_is_none_keeps_no_machine_alive() -> None:
         assert overdue(machine, DEFAULTS, receipt_of(ended=ended), 2000.0)[0] == "overdue"
 
 
+def test_a_sweep_that_ends_what_is_left_of_a_machine_keeps_its_run_from_no_other(
+    make: Callable[..., World],
+) -> None:
+    """Its client is there, and goes on with it."""
+    world = make("state log preempted", "state log receipt")
+    world.backend.name, world.backend.place = "local", world.settings.place
+    order, seen = world.order(), list[str]()
+
+    def stage(name: str) -> None:
+        if name == "stop" and not seen:
+            seen.append(name)
+            machine, end = f"{order.run}-1", f"{order.prefix}/attempts/1/end.json"
+            world.bucket.put(end, canonical({"reason": "preempted", "time": timestamp(time.time())}))
+            world.backend.machines[machine] = world.backend.machines[machine]._replace(ended=None)
+            with Signals() as signals:
+                commands.sweep_up(world.client(signals))
+
+    world.report.on_stage = stage
+    assert world.execute(order).exit_code == 0
+    assert seen and (read_bill(world.bucket, order) or {})["attempts"] == 2
+    world.assert_ended()
+
+
 def test_detach_leaves_the_machine_and_returns_nothing(make: Callable[..., World]) -> None:
     world = make("nothing nothing state")
     assert world.execute(world.order(), detach=True) is None

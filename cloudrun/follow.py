@@ -222,7 +222,7 @@ class _Follower:
         """What the machine wrote: its receipt, or how it is."""
         self._stated = time.monotonic()
         self._read_state()
-        if detach and self.state and not self.asked:
+        if detach and self.state and len(self.client.signals.received) == self._counted and not self.asked:
             return self._seen("detached")
         if self.alone:
             self._go_on_alone()
@@ -250,7 +250,8 @@ class _Follower:
             self.heard, self.changed = time.monotonic(), bool(self.state)
         self.state = state or self.state
         numbers = [self.state.get(key) for key in ("files", "of_files", "bytes", "of_bytes")]
-        if self.state.get("phase") == "fetch" and all(isinstance(number, int) for number in numbers):
+        sane = all(isinstance(number, int) and 0 <= number < 1 << 60 for number in numbers)
+        if self.state.get("phase") == "fetch" and sane:
             self.client.report.progress("the machine fetches", *numbers)  # type: ignore[arg-type]
         else:
             self.client.report.status(self._status())

@@ -93,6 +93,8 @@ def execute(
         try:
             with lease(client, order, attempt, offers, machine):
                 machine.grace = 0.0 if mine else None
+                if not mine:
+                    client.signals.rearm()
                 seen = follow(client, order, attempt, mine=mine, show=mine and not detach, detach=detach)
                 machine.grace, machine.itself = seen.grace, "agent" if seen.receipt else "guard"
         except (CloudrunError, Interrupted) as error:
@@ -161,6 +163,7 @@ def lease(client: Client, order: Order, attempt: int, offers: list[Offer], machi
             rent(client, order, attempt, offers, machine)
             machine.created = time_of(client.bucket)
             client.report.stage("created")
+            client.signals.hold()  # a signal between this and the caller's body would skip both `finally`s
             yield
         finally:
             client.signals.hold()

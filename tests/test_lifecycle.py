@@ -33,6 +33,7 @@ from cloudrun.follow import since_boot
 from cloudrun.formats import canonical, timestamp
 from cloudrun.limits import DEFAULTS
 from cloudrun.order import Order, deadline
+from cloudrun.report import Report
 from cloudrun.run import Client
 from cloudrun.runs import read_bill
 from cloudrun.signals import Signals
@@ -465,6 +466,24 @@ def test_a_damaged_receipt_is_an_unknown_outcome_and_the_machine_is_ended(
     assert any("outcome unknown" in line and "receipt.json is damaged" in line for line in world.report.lines)
 
 
+@pytest.mark.parametrize("number", [-(10**15), 10**400], ids=["negative", "huge"])
+def test_a_machine_that_counts_beyond_reason_breaks_no_client(
+    make: Callable[..., World], number: int
+) -> None:
+    world = make("nothing nothing nothing state log receipt")
+    world.report = Drawing(quiet=False, verbose=False, environ={})  # type: ignore[assignment]
+    order = world.order()
+    state = {"phase": "fetch", "beat": 1, "files": 1, "of_files": 1, "bytes": number, "of_bytes": 1}
+    world.bucket.put(f"{order.prefix}/attempts/1/state.json", canonical(state))
+    assert world.execute(order).exit_code == 0
+    world.assert_ended()
+
+
+class Drawing(Report):
+    def _may_draw(self) -> bool:
+        return True
+
+
 @pytest.mark.parametrize("word", ["badlog", "badstate"])
 def test_damaged_words_do_not_end_the_run(make: Callable[..., World], word: str) -> None:
     assert make(f"state {word} receipt").whole() == 0
@@ -849,6 +868,40 @@ def test_detach_leaves_the_machine_and_returns_nothing(make: Callable[..., World
     world = make("nothing nothing state")
     assert world.execute(world.order(), detach=True) is None
     assert len(world.backend.alive()) == 1 and "stop" not in world.backend.calls
+
+
+def test_a_signal_while_the_first_word_is_read_is_no_detaching(make: Callable[..., World]) -> None:
+    world = make("nothing state nothing")
+    order, sent = world.order(), list[str]()
+
+    def call(method: str, name: str) -> None:
+        if method == "get" and name.endswith("state.json") and not sent and world.bucket.size(name):
+            sent.append(name)
+            kill()
+
+    world.bucket.on_call = call
+    assert world.execute(order, detach=True).exit_code == 130 and sent
+    world.assert_ended()
+
+
+def test_a_signal_between_a_machine_and_its_follower_is_counted(make: Callable[..., World]) -> None:
+    """When `lease` has yielded, and the body of the `with` has not begun."""
+    world = make("state log nothing")
+    order, sent = world.order(), list[str]()
+
+    def profile(frame: FrameType, event: str, called: Any) -> None:
+        if event == "c_return" and called is next and world.backend.alive() and not sent:
+            sys.setprofile(None)
+            sent.append(frame.f_code.co_name)
+            kill()
+
+    sys.setprofile(profile)
+    try:
+        assert world.execute(order).exit_code == 130
+    finally:
+        sys.setprofile(None)
+    assert sent == ["__enter__"]
+    world.assert_ended()
 
 
 @pytest.mark.parametrize("now", [False, True])

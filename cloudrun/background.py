@@ -76,6 +76,11 @@ def side_by_side(act: Callable[[Any], Any], items: Iterable[Any], workers: int) 
         for number in range(len(items)):
             work.put(number)
         work.finish()
-    finally:
+    except Exception:
         work.close()
+        raise
+    except BaseException:  # the user's signal does not wait for what is being done: that can take minutes
+        work.drop(0)
+        raise
+    work.close()
     return results

@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from cloudrun.background import side_by_side
 from cloudrun.errors import CloudrunError, Interrupted
 from cloudrun.signals import HANDLED, Signals
 
@@ -99,3 +101,19 @@ def test_two_signals_at_random_moments_leave_no_machine() -> None:
         process.send_signal(signal.SIGTERM)
         process.stdout.close()
         assert process.wait(10) in (0, -signal.SIGTERM)  # the second may come when all is put back
+
+
+def test_a_signal_does_not_wait_for_what_is_done_side_by_side() -> None:
+    """As a sweep that tries to end a machine; nothing else is begun."""
+    begun, done, released = list[int](), list[int](), threading.Event()
+
+    def act(number: int) -> None:
+        begun.append(number)
+        kill()
+        released.wait(5)
+        done.append(number)
+
+    with Signals(), pytest.raises(Interrupted):
+        side_by_side(act, range(4), 1)
+    assert (begun, done) == ([0], [])
+    released.set()

@@ -153,8 +153,7 @@ class _Visit:
             return
         attempt = last_attempt(self.bucket, order)
         objects = (attempt_object(self.bucket, order, attempt, what) for what in ("claim", "state", "end"))
-        times = [seconds_of(found["time"]) for found in objects if found and "time" in found]
-        silent = self.now - max([_named(order.run), *times])
+        silent = self.now - max(_named(order.run), *(self._time_in(found or {}) for found in objects))
         if not (receipt or (self.ended and not self.goes_on) or silent > QUIET_SECONDS):
             return
         outcome = self._outcome(order, attempt)
@@ -171,6 +170,13 @@ class _Visit:
         end = f"{order.prefix}/attempts/{instance.attempt}/end.json"
         with suppress(BucketError):  # the machine has said why it ended, or nobody will know
             self.bucket.create(end, canonical({"reason": "preempted", "time": timestamp(self.now)}))
+
+    def _time_in(self, found: dict[str, Any]) -> float:
+        """0 for a time that is none, or has not come: a machine may have written it."""
+        with suppress(Corrupt):
+            when = seconds_of(found.get("time", ""))
+            return when if when < self.now + QUIET_SECONDS else 0.0
+        return 0.0
 
     def _outcome(self, order: Order, attempt: int) -> Outcome:
         state = attempt_object(self.bucket, order, attempt, "state") or {}

@@ -864,6 +864,23 @@ def test_a_sweep_that_ends_what_is_left_of_a_machine_keeps_its_run_from_no_other
     world.assert_ended()
 
 
+@pytest.mark.parametrize("said", ["never", "9999-01-01T00:00:00.000Z"])
+def test_a_machine_that_says_a_wrong_time_keeps_no_bill_open(make: Callable[..., World], said: str) -> None:
+    world = make("state nothing")
+    world.backend.name, world.backend.place = "local", world.settings.place
+    order = world.order()
+    assert world.execute(order, detach=True) is None
+    world.backend.machines.clear()
+    state = canonical({"phase": "run", "beat": 9, "time": said})
+    world.bucket.put(f"{order.prefix}/attempts/1/state.json", state)
+    for later, closed in ((0.0, False), (1200.0, True)):
+        world.bucket.time = lambda later=later: time.time() + later  # type: ignore[method-assign]
+        with Signals() as signals:
+            assert commands.sweep_up(world.client(signals)) == 0
+        assert bool(read_bill(world.bucket, order)) == closed
+    world.assert_closed()
+
+
 def test_detach_leaves_the_machine_and_returns_nothing(make: Callable[..., World]) -> None:
     world = make("nothing nothing state")
     assert world.execute(world.order(), detach=True) is None

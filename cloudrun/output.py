@@ -48,6 +48,9 @@ class Output:
             chunk = self._bucket.get(name)[0]
         except Missing:
             return False
+        except Corrupt as error:  # too large: what comes after it, the receipt above all, is there to be read
+            self._report.warn(str(error))
+            chunk = b""
         self.printed += 1
         if len(chunk) < SMALL:  # no other one is written before so long; looking for it would cost money
             self._next = time.monotonic() + 0.8 * self._bucket.write_pace

@@ -33,11 +33,13 @@ from cloudrun.follow import since_boot
 from cloudrun.formats import canonical, timestamp
 from cloudrun.limits import DEFAULTS
 from cloudrun.order import Order, deadline
+from cloudrun.output import Output
 from cloudrun.report import Report
 from cloudrun.run import Client
 from cloudrun.runs import read_bill
 from cloudrun.signals import Signals
 from cloudrun.start import Wanted, prepare, store
+from cloudrun.storage import MAX_OBJECT
 from cloudrun.sweep import overdue
 
 STAGES = ("scan", "offer", "send", "order", "create", "created", "follow", "stop", "bill", "pull")
@@ -482,6 +484,18 @@ def test_a_machine_that_counts_beyond_reason_breaks_no_client(
 class Drawing(Report):
     def _may_draw(self) -> bool:
         return True
+
+
+def test_a_piece_of_the_log_that_is_too_large_hides_nothing_after_it(make: Callable[..., World]) -> None:
+    world = make()
+    log = f"{world.order().prefix}/attempts/1/log"
+    for number, size in ((1, MAX_OBJECT + 1), (2, 0)):
+        Path(world.bucket.root, log).mkdir(parents=True, exist_ok=True)
+        with open(f"{world.bucket.root}/{log}/{number:08d}", "wb") as file:
+            file.truncate(size)
+    output = Output(world.bucket, log, world.report, lambda: False)
+    assert [output.step(hurry=True) for _ in range(3)] == [True, True, False] and output.printed == 2
+    assert any("00000001" in line for line in world.report.lines)
 
 
 @pytest.mark.parametrize("word", ["badlog", "badstate"])

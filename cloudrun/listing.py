@@ -111,7 +111,7 @@ def _of_run(bucket: Bucket, order: Order, machines: list[Instance], places: set[
         if not billed or (state or {}).get("phase") not in UNFINISHED:
             receipt = read_receipt(bucket, order.prefix)
     record = described(order, attempt, state, receipt, None if billed else read_bill(bucket, order))
-    note = ""
+    note = record["note"]
     if not billed and record["state"] != "ended":
         if order.place in ("", *places):
             record["state"] = LOST if attempt else "starting"
@@ -136,7 +136,7 @@ def _of_machine(backend: str, instance: Instance) -> Row:
         "deadline": instance.deadline,
         "price_usd_per_hour": None if state == "parked" else instance.price,
         "machine": instance.name,
-        "note": instance.parked,
+        "note": instance.parked or None,
     }
     return Row(record, instance.billed)
 

@@ -93,7 +93,7 @@ def execute(
         try:
             with lease(client, order, attempt, offers, machine):
                 machine.grace = 0.0 if mine else None
-                if not mine:
+                if not mine:  # a signal to us is none to the run
                     client.signals.rearm()
                 seen = follow(client, order, attempt, mine=mine, show=mine and not detach, detach=detach)
                 machine.grace, machine.itself = seen.grace, "agent" if seen.receipt else "guard"
@@ -109,8 +109,7 @@ def execute(
             break
         outcome = conclude(client.bucket, order, seen)
         if outcome.reason in ("failed", "lost") and seen.console.strip():
-            tail = "\n".join(seen.console.strip().split("\n")[-CONSOLE_LINES:])
-            client.report.warn(f"the last lines of the machine's console:\n{tail}")
+            client.report.warn(f"the last lines of the machine's console:\n{last_lines(seen.console)}")
         unusable = unusable + 1 if outcome.reason == "unusable" else 0
         again = outcome.reason in ELSEWHERE and unusable < MOST_UNUSABLE
         others = other_offers(client, order, end_at, ends) if again else []
@@ -121,6 +120,10 @@ def execute(
         client.report.say(going_on(outcome))
         attempt, offers = attempt + 1, others
     return see_through(client, order, mine=mine)
+
+
+def last_lines(console: str) -> str:
+    return "\n".join(console.strip().split("\n")[-CONSOLE_LINES:])
 
 
 def see_through(client: Client, order: Order, *, mine: bool = False) -> Outcome:

@@ -16,7 +16,7 @@ SCHEMA = 1
 RECORD = (
     *("schema", "run", "project", "directory", "host", "backend", "state", "attempt", "started", "deadline"),
     *("price_usd_per_hour", "reason", "exit_code", "run_seconds", "billed_seconds", "cost_usd"),
-    *("ended_by", "proof"),
+    *("gpu_usd", "disk_usd", "traffic_usd", "ended_by", "proof", "note"),
 )
 
 

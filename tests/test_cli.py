@@ -27,7 +27,7 @@ ECHO = (
 FIELDS = {
     *("schema", "run", "project", "directory", "host", "backend", "attempt", "state", "started", "deadline"),
     *("price_usd_per_hour", "reason", "exit_code", "run_seconds", "billed_seconds", "cost_usd"),
-    *("ended_by", "proof"),
+    *("gpu_usd", "disk_usd", "traffic_usd", "ended_by", "proof", "note"),
 }
 
 
@@ -320,10 +320,10 @@ def test_json_has_exactly_the_documented_fields(home: Home) -> None:
     done = home.run(project, "--detach", "main.py", env={"CLOUDRUN_PRICE": "3600"})
     run = done.stdout.strip()
     (record,) = json.loads(home.run(project, "ps", "--json").stdout)
-    assert set(record) == FIELDS | {"machine", "note"} and record["schema"] == 1
+    assert set(record) == FIELDS | {"machine"} and record["schema"] == 1
     assert (record["run"], record["directory"]) == (run, str(project.resolve()))
     assert record["exit_code"] is record["cost_usd"] is record["proof"] is None
-    assert (record["machine"], record["note"]) == (f"{run}-1", "")
+    assert (record["machine"], record["note"]) == (f"{run}-1", None)
     assert home.run(project, "stop").returncode == 0
     record = json.loads(home.run(project, "wait", "--json").stdout)
     assert set(record) == FIELDS
@@ -336,7 +336,7 @@ def test_json_has_exactly_the_documented_fields(home: Home) -> None:
         for row in table.splitlines()
         for word in re.findall(r"`(\w+)`", row.split("|")[1] if "|" in row else "")
     }
-    assert documented == FIELDS | {"fetched", "beside", "machine", "note"}
+    assert documented == FIELDS | {"fetched", "beside", "machine"}
 
 
 def test_json_to_a_file(home: Home) -> None:

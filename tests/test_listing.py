@@ -56,8 +56,10 @@ def seen(*machines: Instance, places: tuple[str, ...] = (), others: tuple[str, .
 
 def one(bucket: FolderBucket, sight: Sight, *, history: bool = False) -> dict[str, Any]:
     ((found, doubtful),) = rows(bucket, sight, QUIET, history=history)
-    assert doubtful == (found["state"] not in ("run", "parked", "ended") or "cannot be seen" in found["note"])
-    assert set(found) == {*RECORD, "machine", "note"}
+    assert doubtful == (
+        found["state"] not in ("run", "parked", "ended") or "cannot be seen" in (found["note"] or "")
+    )
+    assert set(found) == {*RECORD, "machine"}
     return found
 
 
@@ -70,7 +72,7 @@ def test_a_run_with_its_machine(bucket: FolderBucket) -> None:
 def test_a_run_whose_machine_is_gone(bucket: FolderBucket) -> None:
     add(bucket, place="fake:here")
     found = one(bucket, seen(places=("fake:here",)))
-    assert (found["state"], found["machine"], found["note"]) == ("without a machine", None, "")
+    assert (found["state"], found["machine"], found["note"]) == ("without a machine", None, None)
     found = one(bucket, seen(places=("fake:there",)))
     assert found["state"] == "run" and "in fake:here, which cannot be seen from here" in found["note"]
 

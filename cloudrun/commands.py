@@ -15,7 +15,7 @@ from cloudrun.backends import Backend
 from cloudrun.bill import close, end_of
 from cloudrun.closing import counted, last_line, say_pulled
 from cloudrun.config import Settings
-from cloudrun.errors import FAILED, STILL_BILLED, UNKNOWN, USAGE, CloudrunError, UsageError
+from cloudrun.errors import FAILED, STILL_BILLED, UNKNOWN, USAGE, BucketError, CloudrunError, UsageError
 from cloudrun.follow import NOW, request_end
 from cloudrun.late import collect, goes_alone
 from cloudrun.listing import backends_of, look, rows, table
@@ -56,7 +56,11 @@ def ps(client: Client, settings: Settings, *, as_json: bool, history: bool = Fal
     """A line for each open run and each machine without one, oldest first; `as_json`: one JSON array."""
     backends, code = _backends(client, settings), 0
     sight = look(backends, client.report)
-    found = rows(client.bucket, sight, client.report, history=history)
+    try:
+        found = rows(client.bucket, sight, client.report, history=history)
+    except BucketError:  # what is overdue has to end even if the bucket is out of reach
+        sweep_up(client)
+        raise
     if any(row.doubtful for row in found):  # else a sweep, which costs as much again, finds nothing
         code = sweep_up(client)
         sight = look(backends, client.report)

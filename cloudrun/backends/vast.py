@@ -48,6 +48,7 @@ from cloudrun.errors import CloudrunError, NoCapacity, Refused, UsageError
 PAGE = "https://cloud.vast.ai/instances/"
 ASK_AGAIN_LOOKS = 2  # looks between two calls that destroy: the service takes one in 3 s
 READ_LOOKS = 4  # looks between two requests for a console …
+CHARGES_SECONDS = 5.0  # that the end of a run waits for its charges
 TEXT_SECONDS = 30.0  # … of which the text is there by then, or never
 TAKEN_WORDS = ("no_such_ask", "no longer available", "not available")
 NO_MONEY = {
@@ -290,7 +291,7 @@ class VastBackend:
     def _row(self, made: int) -> dict[str, Any] | None:
         """One instance; None if the service says that there is none. Raises ApiError."""
         try:
-            answer = self._api.ask(f"/instances/{made}/", {"owner": "me"}, patient=False)
+            answer = self._api.ask(f"/instances/{made}/", {"owner": "me"}, patience=0)
         except ApiError as error:
             if error.slug != GONE:
                 raise
@@ -366,7 +367,8 @@ class VastBackend:
     def _charged(self, name: str, wanted: set[str]) -> dict[str, Cost]:
         """What the provider took, by source; without sources `wanted`, of all with the label of this name."""
         run, _, attempt = name.rpartition("-")
-        rows = self._api.ask("/charges/", charges_query(self._api.now())).get("results")
+        query = charges_query(self._api.now())
+        rows = self._api.ask("/charges/", query, patience=CHARGES_SECONDS).get("results")
         return charged(rows if isinstance(rows, list) else [], wanted, f"cloudrun/{run}/{attempt}/")
 
     def console(self, name: str) -> str:

@@ -50,12 +50,14 @@ class Api:
         self._ready = threading.Thread(target=self._load, daemon=True)
         self._ready.start()
 
-    def ask(self, path: str, query: dict[str, Any] | None = None, *, patient: bool = True) -> dict[str, Any]:
-        """The answer to a question; `patient`: asked again while its trouble will pass. Raises ApiError."""
-        return self._again("get", path, query, None, patient=patient)
+    def ask(
+        self, path: str, query: dict[str, Any] | None = None, *, patience: float = RETRIED_SECONDS
+    ) -> dict[str, Any]:
+        """The answer to a question, asked again for so long while its trouble will pass. Raises ApiError."""
+        return self._again("get", path, query, None, patience)
 
     def search(self, body: dict[str, Any]) -> dict[str, Any]:
-        return self._again("post", "/bundles/", None, body, patient=True)
+        return self._again("post", "/bundles/", None, body, RETRIED_SECONDS)
 
     def act(self, verb: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Change something, asked once: who gets no answer does not know whether it was done."""
@@ -113,13 +115,13 @@ class Api:
         except Exception as error:
             self._error = error
 
-    def _again(self, verb: str, path: str, query: Any, body: Any, *, patient: bool) -> dict[str, Any]:
-        until, pause = time.monotonic() + RETRIED_SECONDS, 0.5
+    def _again(self, verb: str, path: str, query: Any, body: Any, patience: float) -> dict[str, Any]:
+        until, pause = time.monotonic() + patience, 0.5
         while True:
             try:
                 return self._once(verb, path, query, body)
             except ApiError as error:
-                if not (patient and error.passes) or time.monotonic() > until:
+                if not error.passes or time.monotonic() >= until:
                     raise
                 time.sleep(max(pause, error.pause))
             pause = min(2 * pause, 8.0)

@@ -45,7 +45,7 @@ def arm(api: Api, made: int, limit: float) -> str | None:
 
 def jobs(api: Api, made: int) -> list[Any]:
     """Numbers of the jobs that would destroy this instance."""
-    answer = api.ask(PATH, patient=False)
+    answer = api.ask(PATH, patience=0)
     rows = next((value for value in answer.values() if isinstance(value, list)), [])
     return [row.get("id") for row in rows if isinstance(row, dict) and row.get("instance_id") == made]
 

@@ -216,7 +216,7 @@ def test_a_client_with_a_wrong_clock_gives_a_run_the_time_that_was_asked_for(gcp
 @pytest.mark.parametrize("ahead", [-7200, 7200])
 def test_a_wrong_clock_of_who_looks_ends_no_run_and_lets_none_live_on(gcp, ahead):
     gcp.main(SLEEP)
-    lose(gcp.running(hours(40), "main.py", limit_provider=1.0))
+    lose(gcp.running(hours(25), "main.py", limit_provider=1.0))
     assert gcp.run("ps", **gcp.other_clock(ahead)) == 0
     assert gcp.meter.members, "it goes on"
     signal_all(gcp.role("guard") + gcp.role("agent") + gcp.role("program"), signal.SIGSTOP)

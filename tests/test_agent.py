@@ -161,6 +161,29 @@ def test_an_agent_for_a_finished_run_does_nothing(tmp_path):
     assert run.object("attempts/2/agent.json") is None and run.output() == b""
 
 
+class Kept(Run):
+    """A machine that outlives its runs, and may be started by a person."""
+
+    def boot(self):
+        return {**super().boot(), "kept": True}
+
+
+@pytest.mark.parametrize(
+    ("there", "word"),
+    [
+        (["attempts/2/claim.json"], b"R"),  # nobody ever worked on this attempt: its client came too late
+        (["attempts/2/claim.json", "attempts/1/agent.json"], b"H"),
+        (["receipt.json"], b"H"),
+    ],
+)
+def test_a_kept_machine_is_left_on_only_for_a_run_that_has_had_its_machine(tmp_path, there, word):
+    run = Kept(tmp_path, "open('started', 'w')")
+    for name in there:
+        run.bucket.create(f"{run.prefix}/{name}", canonical({"closed": True}))
+    run.start().finish()
+    assert run.words.endswith(word) and not (run.work / "started").exists()
+
+
 def damage(run, what):
     if what == "order":
         path = Path(run.bucket.root, run.prefix, "order.json")

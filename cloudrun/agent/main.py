@@ -45,12 +45,13 @@ def main() -> None:
         if hashlib.sha256(order).hexdigest() != sha256:
             raise Corrupt(f"{name} is damaged: its sha256 is not the one that this machine was given")
         watch = Watch(boot, parse(order, name, limits=dict, manifest=dict, argv=list, outputs=list), bucket)
-        over = (watch.prefix + "/receipt.json", f"{watch.prefix}/attempts/{watch.number + 1}/claim.json")
-        if all(bucket.size(name) is None for name in over):
+        receipt, ours = watch.prefix + "/receipt.json", watch.attempt + "/agent.json"
+        following = f"{watch.prefix}/attempts/{watch.number + 1}/claim.json"
+        if all(bucket.size(name) is None for name in (receipt, following)):
             if claim(watch):
                 Attempt(watch).work()
-        elif boot.get("kept"):
-            last_word = b"H"  # a person started this machine by hand, for something else
+        elif boot.get("kept") and any(bucket.size(name) is not None for name in (receipt, ours)):
+            last_word = b"H"  # the run had its machine: a person started this one, for something else
     except Exception as error:
         print(f"CLOUDRUN-FATAL {boot['instance']} {said(error)}", flush=True)
         let_read(boot)

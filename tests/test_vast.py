@@ -6,6 +6,8 @@ After each test nothing costs money: the meter is the judge.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 from cloud import vast_errors
-from cloud.faults import Answer, LostReply, LostRequest
+from cloud.faults import Answer, LostReply, LostRequest, Slow
 from cloud.server import json_reply
 from cloud.vast import Vast
 from cloud.vast_account import NOTHING_RUNS, Instead, VastTiming
@@ -27,8 +29,9 @@ from cloudrun.backends.vast import VastBackend
 from cloudrun.backends.vast_api import ApiError
 from cloudrun.bill import Patience, see_ended
 from cloudrun.config import from_env
-from cloudrun.errors import CloudrunError, NoCapacity, Refused, StillRunning, UsageError
+from cloudrun.errors import CloudrunError, Interrupted, NoCapacity, Refused, StillRunning, UsageError
 from cloudrun.formats import timestamp
+from cloudrun.signals import Signals
 
 LIMITS = "look=0.05,appears=1,stop=5,provisioning=0.5,pull=0.5,away=0.3"
 NEED = Need(1_000_000, 1_000_000, 1.0, 600.0)
@@ -293,6 +296,27 @@ def test_one_that_appears_when_nobody_expects_it_any_more_is_ended_as_well(judge
     judged.backend.create("toy-1", second, judged.boot("toy", 1, 600.0))
     assert len(judged.made()) == 2
     time.sleep(2.0)
+    ended(judged, "toy-1", doubtful=True)
+
+
+def test_a_call_that_a_signal_breaks_off_after_one_that_was_undone_leaves_nothing(
+    judged: VastRig,
+) -> None:
+    """The name has had a machine that is gone, and nobody knows the number of the second one."""
+    first, second, *_ = judged.backend.offers(NEED)
+    judged.vast.faults.on("asks.create", Parked())
+    with pytest.raises(NoCapacity):
+        judged.backend.create("toy-1", first, judged.boot("toy", 1, 600.0))
+
+    class Breaks(Slow):
+        def around(self, faults: Any, request: Any, perform: Callable[[], Any]) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().around(faults, request, perform)
+
+    judged.vast.faults.on("asks.create", Breaks(0.5))
+    with Signals(), pytest.raises(Interrupted):
+        judged.backend.create("toy-1", second, judged.boot("toy", 1, 600.0))
+    until(lambda: len(judged.made()) == 2)
     ended(judged, "toy-1", doubtful=True)
 
 

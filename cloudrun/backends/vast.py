@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from contextlib import suppress
 from typing import Any
 
 from cloudrun.backends import ANYTHING, Boot, Cost, Instance, Need, Offer
-from cloudrun.backends.vast_api import GONE, Api, ApiError
+from cloudrun.backends.vast_api import GONE, NO_MONEY, Api, ApiError, nothing_made
 from cloudrun.backends.vast_boot import Label, environment, label_of, onstart, read_label
 from cloudrun.backends.vast_jobs import arm, disarm
 from cloudrun.backends.vast_money import Usage, charged, charges_query, total
@@ -43,18 +44,13 @@ from cloudrun.backends.vast_state import (
     stage,
 )
 from cloudrun.config import Settings, place
-from cloudrun.errors import CloudrunError, NoCapacity, Refused, UsageError
+from cloudrun.errors import CloudrunError, NoCapacity, Refused
 
 PAGE = "https://cloud.vast.ai/instances/"
 ASK_AGAIN_LOOKS = 2  # looks between two calls that destroy: the service takes one in 3 s
 READ_LOOKS = 4  # looks between two requests for a console …
 CHARGES_SECONDS = 5.0  # that the end of a run waits for its charges
 TEXT_SECONDS = 30.0  # … of which the text is there by then, or never
-TAKEN_WORDS = ("no_such_ask", "no longer available", "not available")
-NO_MONEY = {
-    "insufficient_credit": "add credit at https://cloud.vast.ai/billing/",
-    "spend_rate_limit": "a new account may spend so much in an hour only: wait, or ask vast.ai for more",
-}
 RUNTYPE = "ssh_direc ssh_proxy"  # as vastai sends it: onstart runs, and a person can log in
 
 
@@ -75,7 +71,7 @@ class VastBackend:
         self._hosts: dict[str, Host] = {}
         self._used: set[str] = set()  # machines
         self._numbers: dict[str, list[int]] = {}  # instances of a name that were made or seen here
-        self._doubtful: set[str] = set()  # names of which there may be another one
+        self._doubts: Counter[str] = Counter()  # create calls of a name of which nobody knows what they did
         self._seen: set[int] = set()
         self._gone: dict[int, float] = {}  # since when
         self._last: dict[str, Instance] = {}
@@ -150,15 +146,19 @@ class VastBackend:
             "onstart": onstart(name),
             "cancel_unavail": True,
         }
+        self._doubts[name] += 1  # a signal may break the call off
         try:
             answer = self._ordered(f"/asks/{host.id}/", order)
-        except ApiError as error:
-            answer = {"new_contract": self._after(error, name, host, label)}
+        except CloudrunError as error:
+            if refused := nothing_made(error, host.words):
+                self._doubts[name] -= 1
+                raise refused from None
+            answer = {"new_contract": self._appeared(error, host, label)}
         made = answer.get("new_contract")
         if not isinstance(made, int):
-            self._doubtful.add(name)
             raise ApiError("it did not say which instance it made")
         self._note(name, made, host, label)
+        self._doubts[name] -= 1
         if answer.get("success") is False:
             self._undo(made)
             raise NoCapacity(f"{host.words} could not start")
@@ -170,8 +170,6 @@ class VastBackend:
         while True:
             try:
                 return self._api.act("put", path, order)
-            except UsageError as error:
-                raise Refused(str(error)) from None
             except ApiError as error:
                 if error.code != 429 or time.monotonic() > until:
                     raise
@@ -183,15 +181,8 @@ class VastBackend:
         usage = self._usage.setdefault(made, Usage(host.disk))
         usage.look(self._api.now(), host.row, Stage(COMING, "", ""))
 
-    def _after(self, error: ApiError, name: str, host: Host, label: str) -> int:
-        """What an error of the create call means: the instance that it made all the same, or an error."""
-        text = f"{error.slug} {error}"
-        if error.slug in NO_MONEY:
-            raise Refused(f"{error}: {NO_MONEY[error.slug]}")
-        if error.code in (400, 404, 410) and any(word in text for word in TAKEN_WORDS):
-            raise NoCapacity(f"{host.words} was taken by somebody else")
-        if 400 <= error.code < 500:
-            raise Refused(str(error))  # our key, our order, or too many requests for too long
+    def _appeared(self, error: CloudrunError, host: Host, label: str) -> int:
+        """The instance that a create call without an answer made. Raises NoCapacity if none appears."""
         until = time.monotonic() + self.appears_within
         while True:  # nobody knows what was done: never another offer before that is known
             with suppress(ApiError):
@@ -201,7 +192,6 @@ class VastBackend:
             if time.monotonic() > until:
                 break
             time.sleep(self.pace)
-        self._doubtful.add(name)
         self._used.add(host.machine)
         raise NoCapacity(f"{host.words}: {error}, and no machine has appeared")
 
@@ -237,10 +227,12 @@ class VastBackend:
         return [f"instance {row.get('id')} ({row.get('label') or 'no label'})" for row in rows]
 
     def stop(self, name: str) -> None:
-        if not self._numbers.get(name) or name in self._doubtful:
-            self._rows(name)
         for made in self._numbers.get(name, ()):  # without a look, of which one in 2 s is let through
             self._destroy(made)
+        if not self._numbers.get(name) or self._doubts[name]:
+            self._rows(name)
+            for made in self._numbers.get(name, ()):
+                self._destroy(made)
         for made in self._numbers.get(name, ()):
             if made in self._gone and self._made.pop(made, (0.0, ""))[0]:
                 disarm(self._api, made)
@@ -261,7 +253,7 @@ class VastBackend:
         """The instances of this name that are there, as the service shows them."""
         known = self._numbers.get(name)
         rows = [row for made in known or () if made not in self._gone and (row := self._row(made))]
-        if known and name not in self._doubtful:
+        if known and not self._doubts[name]:
             return rows
         for row in self._api.listed():
             label = read_label(row.get("label"))

@@ -14,7 +14,7 @@ from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from cloudrun.errors import CloudrunError, UsageError
+from cloudrun.errors import CloudrunError, NoCapacity, Refused, UsageError
 
 SERVER = "https://console.vast.ai"
 TIMEOUT = 20.0  # seconds for one request
@@ -22,6 +22,11 @@ RETRIED_SECONDS = 30.0  # for a question whose trouble will pass
 PASSING = (0, 429, 500, 502, 503, 504)
 GONE = "no_such_instance"  # the service's own word for a container that is not there
 PAGE, MOST_PAGES = 25, 400
+TAKEN_WORDS = ("no_such_ask", "no longer available", "not available")
+NO_MONEY = {
+    "insufficient_credit": "add credit at https://cloud.vast.ai/billing/",
+    "spend_rate_limit": "a new account may spend so much in an hour only: wait, or ask vast.ai for more",
+}
 SKEW = 3.0  # seconds to which clocks that are right may differ, of which a date has none but whole ones
 
 
@@ -165,3 +170,15 @@ def _refusal(code: int, body: object, text: str, retry_after: str | None) -> Clo
     if retry_after and retry_after.isdecimal():
         seconds = max(seconds, min(float(retry_after), 60.0))
     return ApiError(words, code, slug, seconds)
+
+
+def nothing_made(error: CloudrunError, what: str) -> CloudrunError | None:
+    """The error of a create call that has certainly made nothing; None where nobody knows that."""
+    if not isinstance(error, ApiError):
+        return Refused(str(error))  # our key
+    if error.slug in NO_MONEY:
+        return Refused(f"{error}: {NO_MONEY[error.slug]}")
+    text = f"{error.slug} {error}"
+    if error.code in (400, 404, 410) and any(word in text for word in TAKEN_WORDS):
+        return NoCapacity(f"{what} was taken by somebody else")
+    return Refused(str(error)) if 400 <= error.code < 500 else None  # our order, or too many for too long

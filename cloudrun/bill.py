@@ -71,11 +71,16 @@ def see_ended(
     Raises StillRunning, with what to do by hand, if that cannot be seen in time.
     """
     began, last, errors, stopped, certain = time.monotonic(), None, [], False, not patience.doubtful
+    blind = False
     appears = began + (backend.appears_within if patience.doubtful else backend.pace)  # two looks at least
     while True:
         try:
+            if blind and time.monotonic() > began + patience.grace:
+                blind, stopped = False, True
+                backend.stop(name)  # what cannot be looked at can be ended all the same
+            blind = True
             instance = backend.find(name)
-            last = instance or last
+            last, blind = instance or last, False
             certain = certain or (instance is not None and instance.ended is None)
             gone = instance is None or (instance.ended is not None and not instance.leftover)
             if gone or stopped or time.monotonic() > began + patience.grace or not last or not last.alive:

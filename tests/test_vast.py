@@ -509,6 +509,58 @@ def test_a_destroy_that_is_ignored_or_lost_is_sent_again(judged: VastRig, effect
     ended(judged, name)
 
 
+def test_what_cannot_be_looked_at_is_destroyed_all_the_same(judged: VastRig) -> None:
+    """And seen gone: who asks once more hears that there is no such instance."""
+    name = judged.up()
+    judged.vast.faults.on("instances.get", Answer(vast_errors.bad_gateway(503)), times=None)
+    assert ended(judged, name).layer == "lease"
+
+
+def test_a_list_that_is_broken_keeps_nobody_from_destroying_what_is_known(rig: VastRig) -> None:
+    """Of the first call nobody knows what it did, so that the list would have to be asked as well."""
+    rig.vast.faults.on("asks.create", LostRequest())
+    first, second, *_ = rig.backend.offers(NEED)
+    with pytest.raises(NoCapacity):
+        rig.backend.create("toy-1", first, rig.boot("toy", 1, 600.0))
+    rig.backend.create("toy-1", second, rig.boot("toy", 1, 600.0))
+    rig.vast.faults.on("instances.list", Answer(vast_errors.deprecated()), times=None)
+    with pytest.raises(StillRunning):
+        see_ended(rig.backend, "toy-1", Patience(0, 0.3), layer="lease")
+    until(lambda: rig.vast.meter.running() == [])
+    rig.vast.faults.clear()
+    ended(rig, "toy-1")
+
+
+def test_one_that_the_service_does_not_know_yet_is_not_gone(judged: VastRig) -> None:
+    judged.vast.faults.appear_after["cloudrun/*"] = 0.5
+    judged.vast.faults.on("instances.delete", Answer(vast_errors.no_such_instance(1)), times=3)
+    ended(judged, judged.create())
+    assert len(judged.made()) == 1
+
+
+@pytest.mark.parametrize("value", [[], [{"id": 1}], {}, "none"])
+def test_an_answer_about_one_that_does_not_name_it_is_no_proof(judged: VastRig, value: object) -> None:
+    name = judged.up()
+    assert judged.backend.find(name)
+    judged.vast.faults.on("instances.get", Instead({"instances": value}), times=None)
+    with pytest.raises(CloudrunError, match="cannot be read"):
+        judged.backend.find(name)
+    judged.vast.faults.clear()
+    ended(judged, name)
+
+
+def test_one_that_goes_between_the_list_and_the_first_look_is_gone(judged: VastRig) -> None:
+    name = judged.up()
+    other = judged.client()
+    assert [each.name for each in other.all()] == [name]
+    with judged.vast.clock.changed:
+        judged.end_all()
+    judged.vast.wait(judged.made()[0], "destroyed")
+    found = other.find(name)
+    assert found is None or found.ended
+    ended(judged, name)
+
+
 def test_a_machine_that_cannot_be_destroyed_is_said_with_what_to_do(rig: VastRig) -> None:
     name = rig.up()
     rig.vast.faults.on("instances.delete", Instead({"success": True}), times=None)

@@ -245,7 +245,8 @@ class VastBackend:
         try:
             self._api.act("delete", f"/instances/{made}/", {})
         except ApiError as error:
-            if error.slug != GONE:
+            del self._asked[made]
+            if error.slug != GONE or self._is_young(made):
                 raise
             self._ended(made)
 
@@ -291,23 +292,31 @@ class VastBackend:
         if "instances" not in answer:
             raise ApiError(f"its answer about the instance {made} cannot be read")
         row = answer["instances"]
-        if isinstance(row, list):
-            row = next((each for each in row if each.get("id") == made), None)
+        if isinstance(row, list):  # as an older service; one without it says as little as an empty list
+            row = next((each for each in row if isinstance(each, dict) and each.get("id") == made), {})
         if row is None:
-            if made not in self._seen and made not in self._asked:
+            if made not in self._seen:
                 self._look_for(made)
             self._ended(made)
             return None
+        if not isinstance(row, dict) or not row:
+            raise ApiError(f"its answer about the instance {made} cannot be read")
         self._seen.add(made)
         return {**row, "id": made}
 
     def _look_for(self, made: int) -> None:
         """One that was made and never seen: what cannot be seen yet can be destroyed all the same."""
-        if self._api.now() < self._made[made][0] + self.appears_within:
+        if self._is_young(made):
             raise ApiError(f"the instance {made} was made, and cannot be seen yet")
-        self._destroy(made)
-        if made not in self._gone:
-            raise ApiError(f"the instance {made} was not to be seen, and is being destroyed")
+        if made not in self._asked:
+            self._destroy(made)
+            if made not in self._gone:
+                raise ApiError(f"the instance {made} was not to be seen, and is being destroyed")
+
+    def _is_young(self, made: int) -> bool:
+        """Whether it may be there though the service does not know it yet."""
+        age = self._api.now() - self._made.get(made, (-math.inf, ""))[0]
+        return made not in self._seen and age < self.appears_within
 
     def _ended(self, made: int) -> None:
         if made not in self._gone:
@@ -317,6 +326,7 @@ class VastBackend:
 
     def _described(self, row: dict[str, Any]) -> Instance:
         made, found = int(row["id"]), stage(row)
+        self._seen.add(made)
         when, given = self._made.get(made, (self._api.now(), ""))
         label = read_label(row.get("label")) or read_label(given) or Label("", 0, 0)
         if made not in self._numbers.setdefault(label.name, []):

@@ -194,6 +194,8 @@ def split_of(ends: list[Ended]) -> Cost | None:
     """Its parts, where they are known of every machine."""
     total = None
     for end in ends:
+        if end.cost is None and end.started == end.ended:  # it was never to be had
+            continue
         if end.cost is None:
             return None
         total = end.cost.plus(total) if total else end.cost

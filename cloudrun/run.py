@@ -78,16 +78,16 @@ def execute(
     *,
     mine: bool = True,
     detach: bool = False,
+    outcome: Outcome | None = None,
 ) -> Outcome | None:
     """Rent, follow and end machines until the run has an outcome; None if it goes on without us.
 
-    mine: the run is this client's own, so that its signals end it and its output is shown. Raises
-    StillRunning if a machine could not be seen ended; Interrupted if the user ended the run before it
-    was followed. Either way nothing is left running that this client could end.
+    mine: its signals end the run, and its output is shown. outcome: that of the machine before, which stands
+    if there is none to go on with. Raises StillRunning if a machine could not be seen ended; Interrupted if
+    the user ended the run before it was followed. Nothing is left running that this client could end.
     """
-    ends: list[Ended] = []
+    ends, unusable = list[Ended](), 0
     end_at = since_boot() + order.left(client.bucket)  # once: a clock that is changed later moves no deadline
-    unusable = 0
     while claim(client, order, attempt, offers[0]):
         machine = Lease(instance_name(order.run, attempt), end_at)
         try:
@@ -98,9 +98,10 @@ def execute(
                 seen = follow(client, order, attempt, mine=mine, show=mine and not detach, detach=detach)
                 machine.grace, machine.itself = seen.grace, "agent" if seen.receipt else "guard"
         except (CloudrunError, Interrupted) as error:
-            if machine.ended and (mine or isinstance(error, CloudrunError)):  # else another client may go on
-                reason = "failed" if isinstance(error, CloudrunError) else "stopped"
-                settle(client, order, [*ends, machine.ended], Outcome(reason, error.exit_code, str(error)))
+            ours = mine or isinstance(error, CloudrunError)  # else another client may go on
+            before = outcome if machine.none else None
+            if ours and machine.ended and give_up(client, order, [*ends, machine.ended], error, before):
+                return outcome
             raise
         if machine.ended is None:
             return None
@@ -108,8 +109,7 @@ def execute(
         if seen.how == "superseded":
             break
         outcome = conclude(client.bucket, order, seen)
-        if outcome.reason in ("failed", "lost") and seen.console.strip():
-            client.report.warn(f"the last lines of the machine's console:\n{last_lines(seen.console)}")
+        say_console(client.report, seen, outcome)
         unusable = unusable + 1 if outcome.reason == "unusable" else 0
         again = outcome.reason in ELSEWHERE and unusable < MOST_UNUSABLE
         others = other_offers(client, order, end_at, ends) if again else []
@@ -124,6 +124,30 @@ def execute(
 
 def last_lines(console: str) -> str:
     return "\n".join(console.strip().split("\n")[-CONSOLE_LINES:])
+
+
+def give_up(
+    client: Client,
+    order: Order,
+    ends: list[Ended],
+    error: CloudrunError | Interrupted,
+    before: Outcome | None,
+) -> bool:
+    """Close the bill of a run whose machine is ended. True: with `before`, the outcome of the machine before.
+
+    That stands if nothing was started since, unless the user did not want it any more.
+    """
+    if before and isinstance(error, CloudrunError):
+        client.report.warn(f"it cannot go on elsewhere: {error}")
+        return settle(client, order, ends, before)
+    reason = "failed" if isinstance(error, CloudrunError) else "stopped"
+    settle(client, order, ends, Outcome(reason, error.exit_code, str(error)))
+    return False
+
+
+def say_console(report: Report, seen: Seen, outcome: Outcome) -> None:
+    if outcome.reason in ("failed", "lost") and seen.console.strip():
+        report.warn(f"the last lines of the machine's console:\n{last_lines(seen.console)}")
 
 
 def see_through(client: Client, order: Order, *, mine: bool = False) -> Outcome:
@@ -145,7 +169,7 @@ def see_through(client: Client, order: Order, *, mine: bool = False) -> Outcome:
         others = other_offers(client, order, end_at, [ended]) if elsewhere else []
         if others:
             client.signals.rearm()
-            continued = execute(client, order, others, attempt + 1, mine=mine)
+            continued = execute(client, order, others, attempt + 1, mine=mine, outcome=outcome)
             assert continued
             return continued
         if settle(client, order, [ended] if attempt else [], outcome):

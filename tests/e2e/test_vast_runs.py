@@ -122,6 +122,21 @@ def test_outbid_and_continued(vast):
     nothing_is_left(vast)
 
 
+def test_where_there_is_no_other_machine_what_was_saved_comes_home(vast):
+    """main.py was started, so that this is not 125; all offers are taken when the next host is wanted."""
+    vast.main(RESUMED)
+    client = vast.running("main.py", text="step 0\n")
+    wait_until(lambda: vast.saved("model/step"))
+    vast.place.cloud.faults.taken = {each["machine_id"] for each in vast.place.cloud.offers}
+    vast.take_away()
+    assert client.wait(60) == 121, vast.err(client)
+    assert "cannot go on elsewhere" in vast.err(client)
+    assert vast.local("model/step") == "7"
+    bill = vast.object("bill.json")
+    assert bill["reason"] == "preempted" and bill["gpu"] == pytest.approx(bill["cost"], abs=1e-5)
+    nothing_is_left(vast)
+
+
 @pytest.mark.parametrize("harm", ["offline", "freeze"])
 def test_a_host_that_is_lost_is_destroyed_and_the_run_goes_on(vast, harm):
     vast.main(RESUMED)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 0.5  # between two looks at the machine, and two tries at a bucket that is out of reach
 LAST_WORDS_SECONDS = 0.5  # in which the bucket may show what a machine wrote just before it went
 NOW = 2
+OF_THE_HOST = ("urlopen error", "timed out", "in time", "the disk cannot")  # in what a guard said: not ours
 REFUSED = ": the machine's service account may not read the bucket, cloudrun doctor says what allows it"
 ALONE = (
     "no client was there to renew the machine's token, and it goes on alone: nothing more of its output "
@@ -283,7 +284,11 @@ class _Follower:
                 return self._gone(show)
             if is_claimed(self.client.bucket, self.order, self.attempt + 1):
                 return self._seen("superseded")
-        if self.mine and not self.state and self._is_fatal():
+        fatal = self._fatal() if self.mine and not self.state else ""
+        if fatal and self.client.backend.stranger and any(words in fatal for words in OF_THE_HOST):
+            self.lost = fatal
+            return self._seen("unusable")
+        if fatal:
             return self._seen("silent")
         unborn = self.mine and not self.state and now - self.booted > self.order.limits["boot"]
         if unborn and not self.cut_off:
@@ -298,11 +303,12 @@ class _Follower:
             return self._seen("silent")
         return None
 
-    def _is_fatal(self) -> bool:
-        """Whether guard or agent said on the console that it cannot work."""
+    def _fatal(self) -> str:
+        """What guard or agent said on the console of this machine, without which it cannot work."""
         with suppress(CloudrunError):
-            return any(self.name in line for line in fatal_lines(self.client.backend.console(self.name)))
-        return False
+            lines = fatal_lines(self.client.backend.console(self.name))
+            return next((line.partition(" ")[2] for line in lines if self.name in line), "")
+        return ""
 
     def _gone(self, show: bool) -> Seen | None:
         with suppress(BucketError):

@@ -99,6 +99,18 @@ def test_a_host_that_is_silent_is_destroyed_and_the_next_one_is_taken(vast):
     nothing_is_left(vast)
 
 
+def test_a_host_without_a_network_says_so_and_the_next_one_is_taken(vast):
+    """Its guard gives up long before a host is called silent."""
+    first = vast.place.cloud.offers[0]
+    vast.place.cloud.faults.isolated = {first["machine_id"]}
+    vast.main(WORK + "sys.exit(4)")
+    client = vast.start("main.py", limit_boot=200.0)
+    assert client.wait(120) == 4, vast.err(client)
+    assert "urlopen error" in vast.err(client) and "trying another machine" in vast.err(client)
+    assert vast.object("bill.json")["attempts"] == 2
+    nothing_is_left(vast)
+
+
 def test_a_host_whose_gpu_does_not_answer_is_left_for_the_next_one(vast):
     """Before anything is fetched; here the first container's card is broken, and no other one."""
     vast.main(WORK + "sys.exit(4)")

@@ -323,15 +323,22 @@ def other_offers(client: Client, order: Order, end_at: float, ends: list[Ended])
     try:
         if client.signals.received or requested_end(client.bucket, order.prefix)[0]:
             return []
-        need = Need(order.manifest["bytes"], hours=left / 3600, seconds=left)
+        back = order.manifest.get("bytes_back", 0)  # an order of an older version has none
+        need = Need(order.manifest["bytes"], back, left / 3600, left)
         offers = find_offers(client.backend, need, order.price)
     except CloudrunError:
         return []
     spent = cost_of(ends, order.price)
     if order.worst is not None and spent is not None:
-        late = left + order.limits["provider"]
-        offers = [each for each in offers if spent + (each.price or 0) * late / 3600 <= order.worst]
+        late = order.limits["provider"]
+        offers = [each for each in offers if spent + cost_within(each, left, late) <= order.worst]
     return offers if offers and left > least_seconds(order.seconds, order.limits, offers) else []
+
+
+def cost_within(offer: Offer, left: float, late: float) -> float:
+    """US dollars until the deadline, `left` seconds from now, and `late` more; its image and inputs again."""
+    hourly = offer.price or 0.0
+    return (hourly * left / 3600 if offer.expected is None else offer.expected) + hourly * late / 3600
 
 
 def least_seconds(seconds: float, limits: dict[str, float], offers: list[Offer]) -> float:

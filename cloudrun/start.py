@@ -43,10 +43,15 @@ class Prepared(NamedTuple):
     plan: Plan
 
     def need(self, settings: Settings, hours: float = 1.0) -> Need:
-        """For choosing a machine: as much as lies where outputs do is expected to come back, or 1 GB."""
-        back = (item.status.st_size for item in self.plan.found if item.path.startswith(RETURNED))
+        """For choosing a machine."""
         seconds = settings.max_hours * 3600 if settings.max_hours else MOST_SECONDS
-        return Need(self.plan.size, max(sum(back), LEAST_BACK), hours, seconds, settings.max_cost)
+        return Need(self.plan.size, expected_back(self.plan), hours, seconds, settings.max_cost)
+
+
+def expected_back(work: Plan) -> int:
+    """Bytes: as much as lies where outputs do, or LEAST_BACK."""
+    back = (item.status.st_size for item in work.found if item.path.startswith(RETURNED))
+    return max(sum(back), LEAST_BACK)
 
 
 def prepare(settings: Settings, bucket: Bucket) -> Prepared:
@@ -141,7 +146,12 @@ def make_order(
         folders=sorted({*DATA, *outputs}),
         env=sorted(wanted.env),
         if_client_lost=wanted.if_client_lost,
-        manifest={"sha256": manifest, "files": sent.files, "bytes": sent.size},
+        manifest={
+            "sha256": manifest,
+            "files": sent.files,
+            "bytes": sent.size,
+            "bytes_back": expected_back(sent),
+        },
         agent=[f"{settings.project}/blobs/{agent}", agent],
         limits=settings.limits,
         origin=here(),

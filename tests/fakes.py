@@ -36,6 +36,8 @@ class FakeBackend:
         self.costs: dict[str, Cost] = {}
         self.calls: list[str] = []
         self.boots: list[Boot] = []
+        self.needs: list[Need] = []
+        self.offer = OFFER
         self.words = ""
         self.refuse_stop = self.fail_after_start = False
         self.unreachable = 0
@@ -45,7 +47,8 @@ class FakeBackend:
 
     def offers(self, need: Need = ANYTHING) -> list[Offer]:
         self._called("offers")
-        return [OFFER]
+        self.needs.append(need)
+        return [self.offer]
 
     def create(self, name: str, offer: Offer, boot: Boot) -> None:
         self._called("create")

@@ -620,6 +620,30 @@ def test_a_run_that_would_cost_more_than_was_said_does_not_go_on(make: Callable[
     world.assert_closed()
 
 
+def test_the_next_machine_has_room_for_the_same_outputs(make: Callable[..., World]) -> None:
+    world = make("nothing", "state log receipt")
+    order, world.backend.stranger = world.order()._replace(once=1.0), True
+    order.limits["boot"] = 0.2
+    order.manifest["bytes_back"] = 30 * 10**9
+    assert world.execute(order).exit_code == 0
+    assert [need.bytes_out for need in world.backend.needs][-1:] == [30 * 10**9]
+
+
+@pytest.mark.parametrize(("once", "machines"), [(1.0, 1), (9.0, 2)])
+def test_the_traffic_of_the_next_machine_is_part_of_what_was_said(
+    make: Callable[..., World], once: float, machines: int
+) -> None:
+    """Its image and its inputs are fetched again: 5 dollars, beside the price of its time."""
+    world = make("nothing", "state log receipt")
+    order, world.backend.stranger = world.order()._replace(once=once), True
+    order.limits["boot"] = 0.2
+    world.backend.offer = OFFER._replace(expected=5.0 + (OFFER.price or 0.0) * order.seconds / 3600)
+    world.backend.costs = {f"{order.run}-1": Cost(0.0, 0.0, 0.5)}
+    world.execute(order)
+    assert len(world.backend.boots) == machines
+    world.assert_closed()
+
+
 def test_so_many_machines_are_tried_and_no_more(make: Callable[..., World]) -> None:
     world = make(*["nothing"] * 9)
     order, world.backend.stranger = world.order(), True

@@ -162,6 +162,14 @@ def test_a_credit_that_does_not_pay_for_the_worst_case_is_said(rig: VastRig) -> 
     assert rig.backend.offers(NEED._replace(seconds=24 * 3600.0, most=0.9)), "what is capped is paid for"
 
 
+def test_a_host_that_the_credit_does_not_pay_for_is_not_the_next_one_either(rig: VastRig) -> None:
+    rig.vast.offers = [offer(7_000_001, price=0.30), offer(7_000_002, price=3.0)]
+    rig.vast.credit = 10.0
+    (found,) = rig.backend.offers(NEED._replace(seconds=24 * 3600.0))
+    assert found.where == "7000001"
+    assert len(rig.backend.offers(NEED)) == 2
+
+
 @pytest.mark.parametrize("status", [401, 404])
 def test_a_wrong_key_is_said_whatever_its_status(rig: VastRig, status: int) -> None:
     rig.vast.faults.bad_key = status

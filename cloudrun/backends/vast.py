@@ -92,8 +92,8 @@ class VastBackend:
             raise ApiError("its answer to the search cannot be read")
         hosts = [Host(row, disk) for row in rows if isinstance(row, dict)]
         fitting = [host for host in hosts if not host.misfit(self._wanted, names, load, late)]
-        best = ranked([host for host in fitting if host.machine not in self._used], load, need.hours)
-        self._check_credit(best, load, late)
+        unused = [host for host in fitting if host.machine not in self._used]
+        best = ranked(self._paid_for(unused, load, late), load, need.hours)
         self._hosts.update({host.id: host for host in best})
         return [self._offer(host, load, need.hours) for host in best]
 
@@ -111,16 +111,17 @@ class VastBackend:
             place=host.place,
         )
 
-    def _check_credit(self, hosts: list[Host], load: Load, late: float) -> None:
-        """Raises Refused if not even the first of them can be paid to the end."""
+    def _paid_for(self, hosts: list[Host], load: Load, late: float) -> list[Host]:
+        """Those that the credit pays for to the end. Raises Refused if there is none."""
         user = self._api.ask("/users/current")
         credit = (number(user, "credit") or 0.0) + min(number(user, "balance") or 0.0, 0.0)
-        least = worst(hosts[0], load, late) if hosts else 0.0
+        least = min((worst(host, load, late) for host in hosts), default=0.0)
         if credit <= 0 or credit < least:
             raise Refused(
                 f"vast.ai: a credit of {credit:.2f} USD does not pay for the {least:.2f} USD that the run "
                 f"can cost: {NO_MONEY['insufficient_credit']}, or limit it with --max-hours or --max-cost"
             )
+        return [host for host in hosts if worst(host, load, late) <= credit]
 
     # --- renting
 

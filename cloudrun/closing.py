@@ -102,15 +102,16 @@ def write_record(path: str, client: Client, order: Order, pulled: Pulled) -> int
     return 0
 
 
-def price_words(order: Order) -> str:
-    """What a run can cost, said before it costs anything."""
+def price_words(order: Order, price: float | None) -> str:
+    """What a run can cost, said before it costs anything. `price`: that of the offer that is tried first."""
     ends = f"ends by {order.ends_by[:16].replace('T', ' ')} UTC"
     if order.price is None:
         return f"price unknown, {ends}"
     most = f"at most {human_money(order.worst)}" if order.price else "nothing is billed"
     if order.once:
         most += f", {human_money(order.once)} of it traffic"
-    return f"{order.price:g} USD/h, {ends}, {most}"
+    hourly = f"{order.price:g}" if price in (None, order.price) else f"{price:g}, at most {order.price:g}"
+    return f"{hourly} USD/h, {ends}, {most}"
 
 
 def dry_run_lines(client: Client, settings: Settings, wanted: Wanted) -> Iterator[str]:
@@ -132,5 +133,5 @@ def dry_run_lines(client: Client, settings: Settings, wanted: Wanted) -> Iterato
     yield "  " + amount(work)
     names = ", ".join(sorted(wanted.env)) or "nothing"
     yield f"run: {shlex.join(wanted.argv)}, with {names} from -e"
-    yield f"on: {offers[0].what} ({settings.backend}), {price_words(order)}"
+    yield f"on: {offers[0].what} ({settings.backend}), {price_words(order, offers[0].price)}"
     yield f"bring back: {', '.join(order.outputs)}"

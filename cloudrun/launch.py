@@ -107,7 +107,7 @@ def start_and_follow(client: Client, settings: Settings, wanted: Wanted, options
         order, offers = place_order(client, settings, wanted, queue=options["wait"])
         try:
             check_time(client.bucket, order, offers)
-            report.say(f"{offers[0].what}, {price_words(order)}")
+            report.say(f"{offers[0].what}, {price_words(order, offers[0].price)}")
             report.detail(f"run {order.run}, kept in {client.bucket.url}/{order.prefix}")
             outcome = execute(client, order, offers, detach=options["detach"])
             break

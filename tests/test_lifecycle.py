@@ -18,6 +18,7 @@ from fakes import OFFER, ActingBucket, ActingReport, FakeAgent, FakeBackend, rec
 from cloudrun import bill as billing
 from cloudrun import commands, launch, run
 from cloudrun.backends import Boot, Cost, Instance
+from cloudrun.closing import price_words
 from cloudrun.config import Settings, from_env
 from cloudrun.errors import (
     BucketError,
@@ -618,6 +619,12 @@ def test_a_run_that_would_cost_more_than_was_said_does_not_go_on(make: Callable[
     assert outcome.exit_code == 125 and len(world.backend.boots) == 1
     world.assert_ended()
     world.assert_closed()
+
+
+def test_the_price_that_is_said_is_that_of_the_machine_that_is_named(make: Callable[..., World]) -> None:
+    order = make("nothing").order()._replace(price=3.6)
+    assert price_words(order, 3.6).startswith("3.6 USD/h, ends by")
+    assert price_words(order, 1.5).startswith("1.5, at most 3.6 USD/h, ends by")
 
 
 def test_the_next_machine_has_room_for_the_same_outputs(make: Callable[..., World]) -> None:

@@ -102,11 +102,11 @@ def test_a_gpu_that_is_not_let_is_named_with_those_that_are() -> None:
         (DEFAULT_IMAGE, 12.8),
         ("vastai/pytorch:cuda-12.8.1-auto", 12.8),
         ("vastai/pytorch:2.9.1-cu128-cuda-12.9-mini-py311", 12.8),
-        ("nvidia/cuda:11.8.0-base", 0.0),
+        ("nvidia/cuda:11.8.0-base", 11.8),
         ("me/image:latest", 0.0),
     ],
 )
-def test_the_tag_says_which_cuda_an_image_needs(image: str, cuda: float) -> None:
+def test_name_and_tag_say_which_cuda_an_image_needs(image: str, cuda: float) -> None:
     assert Wanted("x", 1, 0, image, 0).cuda == cuda
 
 

@@ -25,7 +25,7 @@ RELIABILITY = 0.95
 DOWN, UP = 100.0, 20.0  # Mbit/s
 MOST = 5  # hosts that a run may try
 KINDS = ("sxm", "sxm4", "sxm5", "sxm6", "nvl", "pcie", "ws", "s")  # of one GPU, for who did not say which
-CUDA = re.compile(r"cu(?:da)?-?(\d\d)\.?(\d)")
+CUDA = re.compile(r"cu(?:da)?[-:]?(1\d)\.?(\d)")
 
 
 class Wanted(NamedTuple):
@@ -39,8 +39,8 @@ class Wanted(NamedTuple):
 
     @property
     def cuda(self) -> float:
-        """The CUDA version of the image, as its tag says; 0 if it does not."""
-        found = CUDA.search(self.image.rpartition(":")[2])
+        """The CUDA version of the image, as its name or its tag says; 0 if neither does."""
+        found = CUDA.search(self.image.rpartition("/")[2])
         return float(f"{found[1]}.{found[2]}") if found else 0.0
 
 

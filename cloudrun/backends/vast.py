@@ -185,14 +185,12 @@ class VastBackend:
     def _appeared(self, error: CloudrunError, host: Host, label: str) -> int:
         """The instance that a create call without an answer made. Raises NoCapacity if none appears."""
         until = time.monotonic() + self.appears_within
-        while True:  # nobody knows what was done: never another offer before that is known
+        while time.monotonic() < until:  # never another offer before it is known what was done
+            time.sleep(self.pace)
             with suppress(ApiError):
                 for row in self._api.listed():
                     if row.get("label") == label and row.get("id") not in self._made:
                         return int(row["id"])
-            if time.monotonic() > until:
-                break
-            time.sleep(self.pace)
         self._used.add(host.machine)
         raise NoCapacity(f"{host.words}: {error}, and no machine has appeared")
 

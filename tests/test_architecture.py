@@ -237,7 +237,7 @@ SIZES = {
     "rented": 250,
     "gcp": 1900,
     "stranger": 450,
-    "doctor": 750,
+    "doctor": 770,
     "vast": 1000,
 }
 

@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cloud import vast_errors
 from cloud.compute import Cloud
+from cloud.faults import Answer
 from cloud.storage import Storage
 from cloud.vast import Vast
 from gce import need_client
 from test_doctor import GRANT, USER, Clinic, states
 from vast_client import need_client as need_vastai
 
+BILLING_READ = "give the key the permission billing_read: https://cloud.vast.ai/manage-keys/"
 KEY = "export VAST_API_KEY=KEY  # https://cloud.vast.ai/manage-keys/"
 STS = "gcloud services enable sts.googleapis.com"
 MINE = GRANT.format(f"user:{USER}")
@@ -42,7 +45,7 @@ def clinic(tmp_path: Path) -> Iterator[VastClinic]:
     there = Cloud(tmp_path, machines=False), Storage(), Vast(tmp_path / "vast", machines=False)
     with there[0] as cloud, there[1] as storage, there[2] as vast:
         yield VastClinic(tmp_path, cloud, storage, vast)
-        assert {request.method for request in vast.requests} <= {"users.current"}
+        assert {request.method for request in vast.requests} <= {"users.current", "charges.list"}
     assert storage.objects("b") == {}
 
 
@@ -56,6 +59,7 @@ def test_where_everything_is_right_every_line_is_ok(clinic: VastClinic) -> None:
             "credentials",
             "VAST_API_KEY",
             "vast.ai credit",
+            "vast.ai charges",
             "storage permissions",
             "bucket",
         ),
@@ -86,6 +90,10 @@ def no_credit(clinic: VastClinic) -> None:
     clinic.vast.credit = 0.0
 
 
+def no_charges(clinic: VastClinic) -> None:
+    clinic.vast.faults.on("charges.list", Answer(vast_errors.forbidden("billing_read")), times=None)
+
+
 def no_exchange(clinic: VastClinic) -> None:
     clinic.env["CLOUDSDK_API_ENDPOINT_OVERRIDES_STS"] = clinic.storage.url
 
@@ -103,6 +111,7 @@ BROKEN: dict[str, tuple[Callable[[VastClinic], None], dict[str, str]]] = {
     "key": (wrong_key, {"VAST_API_KEY": KEY}),
     "key, as it is said elsewhere": (wrong_key_as_404, {"VAST_API_KEY": KEY}),
     "credit": (no_credit, {"vast.ai credit": "add some: https://cloud.vast.ai/billing/"}),
+    "charges": (no_charges, {"vast.ai charges": BILLING_READ}),
     "exchange": (no_exchange, {"machine's token": STS}),
     "boundary": (no_boundary, {"machine's token, forbidden": "export CLOUDRUN_BACKEND=gcp"}),
     "writing": (

@@ -6,12 +6,14 @@ Nothing is rented; a token is made as for a machine, and with it one small objec
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 from urllib.parse import quote
 
 from cloudrun import handover
+from cloudrun.backends.vast_money import charges_query
 from cloudrun.doctor import NONE, OK, UNKNOWN, WRONG, Finding, sdk, together
 from cloudrun.doctor.access import credentials
 from cloudrun.doctor.gcp import STORAGE
@@ -61,6 +63,7 @@ def account(environ: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding("VAST_API_KEY", UNKNOWN, words)
         return
     yield Finding("VAST_API_KEY", OK, f"accepted, that of {found.get('email') or 'nobody it names'}")
+    yield from charges(client)
     credit = float(found["credit"])
     if credit > 0:
         yield Finding("vast.ai credit", OK, f"{credit:.2f} USD")
@@ -68,6 +71,19 @@ def account(environ: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding(
             "vast.ai credit", WRONG, f"{credit:.2f} USD: nothing can be rented", f"add some: {BILLING}"
         )
+
+
+def charges(client: Any) -> Iterator[Finding]:
+    """What an instance cost, and that it is gone, is known from them when its client is not there."""
+    check, now = "vast.ai charges", time.time()
+    status = client.get("/charges/", query_args=charges_query(now)).status_code
+    if status < 300:
+        yield Finding(check, OK, "the key may see them")
+    elif status in (401, 403, 404):
+        words = f"the key may not see them (status {status}), and what has ended cannot be told from them"
+        yield Finding(check, WRONG, words, f"give the key the permission billing_read: {KEYS}")
+    else:
+        yield Finding(check, UNKNOWN, f"the service answers {status}")
 
 
 def token(google: Google) -> Iterator[Finding]:

@@ -7,7 +7,7 @@
 PYTHON ?=
 ARGS =
 EPOCHS = 8
-WORKERS = 2
+WORKERS = 3
 
 # What a person exports for other work must not reach pip or the programs started here, and no
 # test or demonstration may see an account: both run without one.

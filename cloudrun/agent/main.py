@@ -220,6 +220,8 @@ class Attempt:
         while descendants() and now() < deadline and self.watch.level < 2:
             program.pump(ENDING_SECONDS)
             self.watch.beat()
+            if self.watch.reason() == "preempted" != self.reason:
+                break  # the machine is taken away meanwhile: what time there is the save needs
         if descendants():
             if not self.torn:
                 self.saver.look(ended=True)

@@ -363,7 +363,7 @@ def test_a_spot_notice_while_the_rest_drains_is_written_down_and_the_run_is_comp
     machinery.take_away()
     assert machinery.wait_for("attempts/1/end.json")["reason"] == "preempted"
     assert client.wait(30) == 0
-    machinery.ended(2)
+    assert machinery.ended(2)["attempts"] == 1
     assert machinery.object("receipt.json")["status"] == 0 and machinery.local("model/first") == "first"
 
 

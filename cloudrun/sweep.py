@@ -160,7 +160,7 @@ class _Visit:
         if outcome.reason == "preempted" and silent <= QUIET_SECONDS:
             return  # its client may be about to go on with it
         if not self._only_say("close the bill of"):
-            grace = DEFAULTS["self_end"]
+            grace = {**DEFAULTS, **order.limits}["self_end"]
             ends = ends_of(self.backend, self.bucket, order, self.ended.values(), grace=grace)
             close(self.bucket, order, ends, outcome.reason, outcome.exit_code)
 

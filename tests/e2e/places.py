@@ -112,6 +112,12 @@ class GcpPlace(CloudPlace):
         gcp = {"CLOUDRUN_BACKEND": "gcp", "CLOUDRUN_PRICE": "0", "VM_GPU": "none", "VM_SPOT": "1"}
         return {**super().settings(), **gcp}
 
+    def agrees(self, bill):
+        """What Google takes away is deleted as it ends: on its bill it ends when that is seen."""
+        meter = self.cloud.meter
+        taken = sum(each.preempted for name in meter.names() for each in meter.intervals(name))
+        return -1.0 < bill["seconds"] - self.meter.seconds < 1.0 + 3.0 * taken
+
     def take_away(self):
         (name,) = self.cloud.meter.running()
         self.cloud.preempt(name)

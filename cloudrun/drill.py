@@ -12,17 +12,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from cloudrun.backends import Backend, open_backend
-from cloudrun.config import Settings, from_env
+from cloudrun.config import Settings, choose_backend, from_env
 from cloudrun.errors import STILL_BILLED, CloudrunError, UsageError
 from cloudrun.report import Report, human_money, human_seconds
 from cloudrun.run import dearest, find_offers
 from cloudrun.runs import load, open_runs, read_bill
+from cloudrun.signals import Signals
 from cloudrun.storage import open_bucket
 
 Process = subprocess.Popen[str]
@@ -33,6 +34,7 @@ STUBBORN = "import signal\nfor name in (2, 15): signal.signal(name, signal.SIG_I
 LONG = "import time\nprint('up', flush=True)\ntime.sleep(3600)\n"
 KILLS_AGENT = SHORT + "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(3600)\n"
 COLUMNS = "{:<40} {:<8} {:>12} {:>12} {:>16}"
+HOURS = "1"  # the longest that a run of a drill may take
 START_SECONDS = 1800.0  # until the program's first word
 CLOSE_SECONDS = 60.0  # for a client to close the bill of a machine that has ended
 PAUSE_SECONDS = 2.0  # between two interrupts, as a person makes them
@@ -93,17 +95,22 @@ def _end(client: Process) -> None:
         client.wait()
 
 
+def _last_words(client: Process, log: TextIO) -> str:
+    client.terminate()
+    client.wait()
+    log.seek(0)
+    return log.read().strip()[-2000:]
+
+
 def drill(report: Report, environ: Mapping[str, str], backend: str | None, *, yes: bool) -> int:
     """Play them all and print a table. Returns 0, or 122 if a machine outlived its bound."""
-    environ = {
-        **environ,
-        "VM_GPU": "none",
-        "CLOUDRUN_PROJECT": NAME,
-    }  # the cheapest, and nothing of the user's
     environ = {key: value for key, value in environ.items() if key not in ("VM_INSTANCE", "VM_TYPE")}
+    if choose_backend(environ, backend)[0] == "gcp":
+        environ["VM_GPU"] = "none"  # the cheapest; vast.ai lets nothing without a GPU
+    environ.update(CLOUDRUN_PROJECT=NAME, CLOUDRUN_MAX_HOURS=HOURS)
     settings = from_env(environ, os.getcwd(), backend=backend)
     environ["CLOUDRUN_BACKEND"] = settings.backend
-    with tempfile.TemporaryDirectory(prefix=NAME) as folder:
+    with Signals(), tempfile.TemporaryDirectory(prefix=NAME) as folder:
         stage = _Stage(settings, environ, folder)
         stage.announce(report, yes=yes)
         print(COLUMNS.format("FAULT", "ENDED BY", "ENDED AFTER", "BOUND", "COST"), flush=True)
@@ -136,15 +143,12 @@ class _Stage:
             raise UsageError("nothing was started")
 
     def play(self, fault: Fault) -> int:
-        run, client = self._start(fault)
-        try:
+        before = self._runs()
+        with self._client(fault, before) as client:
+            (run,) = self._runs() - before
             began = time.monotonic()
             fault.act(client)
             took = self._until_ended(run, began, fault.bound)
-        finally:
-            _end(client)
-            if self._billed(run):
-                self._cloudrun("stop", "--now", run)
         self._cloudrun("wait", run)
         bill = read_bill(self.bucket, load(self.bucket, NAME, run)) or {}
         ended = "NOT IN TIME" if took is None else human_seconds(took)
@@ -153,10 +157,10 @@ class _Stage:
         print(COLUMNS.format(fault.what, layer, ended, human_seconds(fault.bound), cost), flush=True)
         return STILL_BILLED if took is None else 0
 
-    def _start(self, fault: Fault) -> tuple[str, Process]:
-        """(run, client) when the program has said its first word. Raises CloudrunError."""
+    @contextmanager
+    def _client(self, fault: Fault, before: set[str]) -> Iterator[Process]:
+        """Whose program has said its first word. Nothing of a drill that is broken off goes on."""
         Path(self.folder, "main.py").write_text(fault.program)
-        before = self._runs()
         with open(os.path.join(self.folder, ".log"), "w+") as log:
             client = subprocess.Popen(
                 [sys.executable, sys.argv[0], *fault.options, "main.py"],
@@ -168,15 +172,20 @@ class _Stage:
                 text=True,
                 start_new_session=True,  # a Ctrl-C here is for us
             )
-            assert client.stdout
-            ready, _, _ = select.select([client.stdout], [], [], START_SECONDS)
-            if not ready or client.stdout.readline() != "up\n":
+            try:
+                assert client.stdout
+                ready, _, _ = select.select([client.stdout], [], [], START_SECONDS)
+                if not ready or client.stdout.readline() != "up\n":
+                    raise CloudrunError(f"the drill could not start its run:\n{_last_words(client, log)}")
+                yield client
+            except BaseException:
                 client.terminate()
-                client.wait()
-                log.seek(0)
-                raise CloudrunError(f"the drill could not start its run:\n{log.read().strip()[-2000:]}")
-        (run,) = self._runs() - before
-        return run, client
+                raise
+            finally:
+                _end(client)
+                for run in self._runs() - before:
+                    if self._billed(run):
+                        self._cloudrun("stop", "--now", run)
 
     def _runs(self) -> set[str]:
         return {run for project, run in open_runs(self.bucket) if project == NAME}

@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from cloudrun import account
-from cloudrun.background import Background
+from cloudrun.background import side_by_side
 from cloudrun.errors import BucketError, BucketRefused, CloudrunError, Corrupt, Missing
 from cloudrun.formats import canonical, parse
 from cloudrun.order import Order
@@ -191,14 +191,12 @@ def _rule(bucket: str, role: str, names: list[str]) -> dict[str, Any]:
 
 def _open(bucket: GcsBucket, order: Order, attempt: int) -> dict[str, list[str]]:
     """Many at the same time: one after the other they would take seconds. Raises BucketError."""
-    late, found = f"{order.prefix}/attempts/{attempt}/late/", dict[str, str]()
-
-    def one(name: str) -> None:
-        found[name] = bucket.session(late + name)
-
+    late = f"{order.prefix}/attempts/{attempt}/late/"
     names = {kind: [f"{kind}-{n:03d}" for n in range(1, COUNT + 1)] for kind in ("save", "log")}
     names["receipt"] = ["receipt"]
-    _all(one, [name for each in names.values() for name in each])
+    every = [name for each in names.values() for name in each]
+    urls = side_by_side(lambda name: bucket.session(late + name), every, WORKERS)
+    found = dict(zip(every, urls, strict=True))
     return {kind: [found[name] for name in each] for kind, each in names.items()}
 
 
@@ -214,15 +212,6 @@ def take_back(bucket: Bucket, order: Order) -> None:
         except (Missing, Corrupt):
             continue
         urls = [url for urls in kinds.values() if isinstance(urls, list) for url in urls]
-        _all(cast("GcsBucket", bucket).cancel, [url for url in urls if isinstance(url, str)])
+        ours = [url for url in urls if isinstance(url, str)]
+        side_by_side(cast("GcsBucket", bucket).cancel, ours, WORKERS)
         bucket.delete(name)
-
-
-def _all(act: Any, jobs: list[str]) -> None:
-    work = Background(act, waiting=len(jobs), workers=WORKERS)
-    try:
-        for job in jobs:
-            work.put(job)
-        work.finish()
-    finally:
-        work.close()

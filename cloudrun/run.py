@@ -122,10 +122,6 @@ def execute(
     return see_through(client, order, mine=mine)
 
 
-def last_lines(console: str) -> str:
-    return "\n".join(console.strip().split("\n")[-CONSOLE_LINES:])
-
-
 def give_up(
     client: Client,
     order: Order,
@@ -147,7 +143,8 @@ def give_up(
 
 def say_console(report: Report, seen: Seen, outcome: Outcome) -> None:
     if outcome.reason in ("failed", "lost") and seen.console.strip():
-        report.warn(f"the last lines of the machine's console:\n{last_lines(seen.console)}")
+        tail = "\n".join(seen.console.strip().split("\n")[-CONSOLE_LINES:])
+        report.warn(f"the last lines of the machine's console:\n{tail}")
 
 
 def see_through(client: Client, order: Order, *, mine: bool = False) -> Outcome:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlencode, urlsplit
 
 from cloudrun.errors import UsageError
 
@@ -55,6 +54,8 @@ def acting(environ: Mapping[str, str], endpoint: str) -> Any:
 
     An emulator on this computer gets real ones only if somebody named them.
     """
+    from urllib.parse import urlsplit  # here, because a local run does not pay for it
+
     import google.auth
     from google.auth import impersonated_credentials
     from google.auth.credentials import AnonymousCredentials, with_scopes_if_required
@@ -90,6 +91,8 @@ def whose(found: Any, environ: Mapping[str, str]) -> str:
 
     https://developers.google.com/identity/protocols/oauth2 has an endpoint that tells what a token is.
     """
+    from urllib.parse import urlencode, urlsplit
+
     from google.auth.exceptions import TransportError
     from google.auth.transport.requests import Request
 

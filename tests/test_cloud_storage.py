@@ -305,6 +305,20 @@ def test_a_session_takes_pieces_and_says_what_it_has(storage):
     assert storage.objects("b")["a"].data == data and storage.sessions.open() == 0
 
 
+def test_a_client_in_go_asks_for_no_308(storage):
+    session = start(storage)
+    answer = ask(
+        storage,
+        "POST",
+        session,
+        bytes(CHUNK),
+        Content_Range=f"bytes 0-{CHUNK - 1}/*",
+        X_GUploader_No_308="yes",
+    )
+    assert (answer[0], answer[1]["X-HTTP-Status-Code-Override"]) == (200, "308")
+    assert answer[1]["Range"] == f"bytes=0-{CHUNK - 1}" and storage.objects("b") == {}
+
+
 def test_what_a_session_refuses(storage):
     session = start(storage)
     assert send(storage, session, CHUNK, bytes(10), CHUNK + 10)[0] == 503  # a gap

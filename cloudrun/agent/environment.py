@@ -10,13 +10,12 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Collection, Mapping
 
 from cloudrun.agent.account import Account
 from cloudrun.agent.earlier import Earlier
-from cloudrun.agent.program import Program
+from cloudrun.agent.program import Program, find_python
 from cloudrun.agent.watch import Task, Watch, now
 from cloudrun.errors import CloudrunError
 from cloudrun.processes import kill_descendants
@@ -100,8 +99,7 @@ class Environment:
 
     def command(self, environ: dict[str, str], order: Mapping[str, Any]) -> list[str]:
         """How main.py is started; `environ` is changed for it. Raises CloudrunError or OSError."""
-        found = (shutil.which(name, path=environ["PATH"]) for name in ("python", "python3"))
-        python, wanted = next(filter(None, found), sys.executable), requirements(order, self._manifest)
+        python, wanted = find_python(environ) or sys.executable, requirements(order, self._manifest)
         if wanted:
             python = self._installed(python, wanted, environ)
         return self._account.command([python, *order["argv"]])

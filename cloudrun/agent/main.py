@@ -6,7 +6,6 @@ import ctypes
 import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
 from functools import partial
@@ -14,7 +13,7 @@ from functools import partial
 from cloudrun.agent.fetch import Fetch
 from cloudrun.agent.log import Log
 from cloudrun.agent.machine import driver_trouble, identity, let_read, power_off
-from cloudrun.agent.program import Program, steps
+from cloudrun.agent.program import Program, find_python, steps
 from cloudrun.agent.save import Saver
 from cloudrun.agent.watch import Task, Watch, insist, now, said, stamp
 from cloudrun.errors import CloudrunError, Conflict, Corrupt
@@ -175,7 +174,7 @@ class Attempt:
             self.watch.phase("environment")
             environ = self.rented.login()
         environ.update({"PYTHONUNBUFFERED": "1", **self.given})
-        python = shutil.which("python") or shutil.which("python3") or sys.executable
+        python = find_python(environ) or sys.executable
         argv = [python, *self.order["argv"]]
         if self.rented:
             argv = self.rented.command(environ, self.order)

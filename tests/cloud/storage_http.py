@@ -326,7 +326,11 @@ class Handler(BaseHTTPRequestHandler):
         key, hashes = self.query["upload_id"], given_hashes(self.headers.get("X-Goog-Hash") or "")
         found = self.storage.sessions.put(key, self.headers.get("Content-Range") or "", data, hashes)
         if found is None:
-            return Answer(308, self.storage.sessions.find(key).kept())
+            headers = self.storage.sessions.find(key).kept()
+            # Clients in Go would follow a 308 as a redirection, and ask for another answer.
+            if self.headers.get("X-GUploader-No-308") == "yes":
+                return Answer(200, {**headers, "X-HTTP-Status-Code-Override": "308"})
+            return Answer(308, headers)
         return self._object(found)
 
     _do_status = _do_chunk

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CHUNK = 4 << 20  # bytes of frames in one object
 NEWEST = 8 << 20  # bytes that are kept in memory when the spool takes no more
+GATHERING = 0.02  # of the pace: Python writes a line and its end one after the other
 
 
 class Log:
@@ -79,6 +80,7 @@ class Log:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self._written or self._newest)
+                self._changed.wait_for(lambda: self._closing, GATHERING * self._bucket.write_pace)
                 if self._stranger and self._is_alone():
                     self._changed.wait_for(lambda: self._closing, self._stranger.pause("log"))
                 chunks = [self._next()]

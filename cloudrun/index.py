@@ -57,8 +57,8 @@ class Index:
 def _read(path: str) -> dict[str, str]:
     """Raises OSError; ValueError if it is damaged."""
     known = {}
-    for data in read(path):
-        line = data[:-1].decode("ascii")
-        start = line.index("\t") + 9  # past {"path":
-        known[line[start : line.index(',"mode":', start)]] = line
+    for piece in read(path):
+        for line in piece.decode("ascii").split("\n")[:-1]:
+            start = line.index("\t") + 9  # past {"path":
+            known[line[start : line.index(',"mode":', start)]] = line
     return known

@@ -175,9 +175,9 @@ def _unreadable(path: str, error: OSError) -> CloudrunError:
 def _take_plain_files(here: _Folder, result: Scan) -> None:
     """The common case of `_visit` in one loop: of 100,000 files each pays for every call."""
     entries, found, folder = here.entries, result.found, here.path + "/"
-    while (
-        entries and entries[-1].is_file(follow_symlinks=False) and not PULLED_BESIDE.search(entries[-1].name)
-    ):
+    while entries and entries[-1].is_file(follow_symlinks=False):
+        if entries[-1].name[-5:-4] == "-" and PULLED_BESIDE.search(entries[-1].name):
+            return
         entry = entries.pop()
         try:
             found.append(Found(folder + entry.name, entry.stat(follow_symlinks=False)))

@@ -54,18 +54,13 @@ class Plan:
 def plan(found: list[Found], index: Index, bucket: Bucket, project: str) -> Plan:
     """What has to be sent: what changed since it was last hashed, and what the bucket no longer has."""
     lines = [_known_line(item, index) for item in found]
-    blobs = {blob for line in lines if line for blob in BLOB.findall(line)}
-    lost = _lost(blobs, bucket, project)
-    result = Plan(found, lines)
-    for number, (item, line) in enumerate(zip(found, lines, strict=True)):
-        if lost and line and lost.intersection(BLOB.findall(line)):
-            lines[number] = line = None
-        if line is None or '"sha256"' in line:
-            size = item.status.st_size
-            result.files, result.size = result.files + 1, result.size + size
-            if line is None:
-                result.new_files, result.new_size = result.new_files + 1, result.new_size + size
-    return result
+    lost = _lost({blob for line in lines if line for blob in BLOB.findall(line)}, bucket, project)
+    if lost:
+        lines = [None if line and lost.intersection(BLOB.findall(line)) else line for line in lines]
+    pairs = [*zip(found, lines, strict=True)]
+    old = [item.status.st_size for item, line in pairs if line and '"sha256"' in line]
+    new = [item.status.st_size for item, line in pairs if line is None]
+    return Plan(found, lines, len(old) + len(new), sum(old) + sum(new), len(new), sum(new))
 
 
 def _lost(blobs: set[str], bucket: Bucket, project: str) -> set[str]:

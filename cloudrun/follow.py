@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 0.5  # between two looks at the machine, and two tries at a bucket that is out of reach
 LAST_WORDS_SECONDS = 0.5  # in which the bucket may show what a machine wrote just before it went
 NOW = 2
-OF_THE_HOST = ("urlopen error", "timed out", "in time", "the disk cannot")  # in what a guard said: not ours
+OF_THE_HOST = (  # in what a guard said: not ours
+    *("urlopen error", "timed out", "in time", "the disk cannot", "no CONTAINER_API_KEY"),
+)
 REFUSED = ": the machine's service account may not read the bucket, cloudrun doctor says what allows it"
 ALONE = (
     "no client was there to renew the machine's token, and it goes on alone: nothing more of its output "

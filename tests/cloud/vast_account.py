@@ -68,16 +68,18 @@ class VastFaults(Faults):
     unfiltered: set[str] = field(default_factory=set)  # fields whose filters do nothing
     nulls: set[str] = field(default_factory=set)  # fields of an instance that are shown as null
     absent: set[str] = field(default_factory=set)  # fields of an instance that are not shown by id
-    keyless: bool = False  # containers without CONTAINER_API_KEY
+    keyless: set[int] = field(default_factory=set)  # their containers have no CONTAINER_API_KEY
     bad_key: int = 401  # or 404
     taken_status: int = 410  # of no_such_ask: 400 and 404 were seen too
     spend_limit: bool = False
 
     def clear(self) -> None:
         super().clear()
-        for each in (self.stuck_loading, self.broken, self.taken, self.unfiltered, self.nulls, self.absent):
+        for each in (self.stuck_loading, self.broken, self.taken, self.keyless):
             each.clear()
-        self.keyless = self.spend_limit = False
+        for each in (self.unfiltered, self.nulls, self.absent):
+            each.clear()
+        self.spend_limit = False
         self.bad_key, self.taken_status = 401, 410
 
 

@@ -148,8 +148,9 @@ class Contract:
         maker = "NVIDIA GeForce" if name.startswith("RTX ") and name[4:].isdigit() else "NVIDIA"
         gpu = Gpu(f"{maker} {name}", self.offer["gpu_ram"], self.offer["num_gpus"])
         container = {"onstart": self.order.get("onstart") or "", "args": arguments(self.order)}
-        network = self.offer["machine_id"] not in self.market.faults.isolated
-        return Hardware(hostname(self), gpu, environ(self), 0.0, network, container)
+        faults = self.market.faults
+        network, lacks = self.offer["machine_id"] not in faults.isolated, tuple(faults.lacking)
+        return Hardware(hostname(self), gpu, environ(self), 0.0, network, container, lacks)
 
     # --- going down
 

@@ -48,7 +48,7 @@ def environ(contract: Contract) -> dict[str, str]:
         "VAST_TCP_PORT_22": str(contract.port),
         **variables(contract.order),
     }
-    if contract.market.faults.keyless:
+    if offer["machine_id"] in contract.market.faults.keyless:
         del found["CONTAINER_API_KEY"]
     return found
 

@@ -192,12 +192,24 @@ def test_without_credit_for_the_worst_case_nothing_is_rented(vast):
     assert vast.place.cloud.meter.names() == []
 
 
-def test_a_container_without_its_key_says_so_and_is_destroyed(vast):
-    vast.place.cloud.faults.keyless = True
+def test_a_container_without_its_key_is_destroyed_and_the_next_host_is_taken(vast):
+    vast.place.cloud.faults.keyless = {vast.place.cloud.offers[0]["machine_id"]}
+    vast.main(WORK + "sys.exit(4)")
+    client = vast.start("main.py")
+    assert client.wait(60) == 4, vast.err(client)
+    assert "there is no CONTAINER_API_KEY; trying another machine" in vast.err(client)
+    assert vast.ended(2)["attempts"] == 2
+    nothing_is_left(vast)
+
+
+def test_an_image_without_python_is_said_with_what_to_do(vast):
+    """It is the same on every host, so that no second one is paid for."""
+    vast.place.cloud.faults.lacking.add("python3")
     vast.main(WORK)
     client = vast.start("main.py")
     assert client.wait(60) == 125, vast.err(client)
-    assert "main.py was not started" in vast.err(client) and "CONTAINER_API_KEY" in vast.err(client)
+    assert "main.py was not started: the image has no Python 3.8 or newer: choose another" in vast.err(client)
+    assert vast.ended(2)["attempts"] == 1 and len(vast.place.cloud.meter.names()) == 1
     nothing_is_left(vast)
 
 

@@ -109,9 +109,10 @@ def install(hardware, config):
             hide(hardware + path)
     if "python3" in config["lacks"]:
         for folder in {os.path.realpath(folder) for folder in config["path"].split(":")}:
-            if os.path.exists(f"{folder}/python3"):
-                os.makedirs(hardware + folder, exist_ok=True)
-                hide(f"{hardware}{folder}/python3")
+            for name in ("python", "python3"):
+                if os.path.exists(f"{folder}/{name}"):
+                    os.makedirs(hardware + folder, exist_ok=True)
+                    hide(f"{hardware}{folder}/{name}")
 
 
 def hide(path):

@@ -151,9 +151,8 @@ def _see_stopped(client: Client, order: Order, now: bool) -> None:
 
 def _stop_all(client: Client, settings: Settings, now: bool) -> int:
     """Every run is asked first, so that they end side by side; what goes wrong with one stops no other."""
-    sweep_up(client)
-    backends = {each.place: each for each in _backends(client, settings)}
-    asked, code = [], 0
+    code = sweep_up(client)
+    backends, asked = {each.place: each for each in _backends(client, settings)}, []
     for project, run in open_runs(client.bucket):
         try:
             order = load(client.bucket, project, run)

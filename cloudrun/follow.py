@@ -15,7 +15,7 @@ from cloudrun.handover import Renewals
 from cloudrun.late import collect, is_alone
 from cloudrun.order import Order, time_of
 from cloudrun.output import Output
-from cloudrun.receipt import Outcome, billed_outcome, outcome_of, read_receipt, user_code
+from cloudrun.receipt import Outcome, billed_outcome, ended_by, outcome_of, read_receipt, user_code
 from cloudrun.report import human_money, human_seconds
 from cloudrun.runs import attempt_object, is_claimed
 from cloudrun.storage import Bucket
@@ -64,7 +64,7 @@ class Seen:
     def outcome(self, order: Order, left: float) -> Outcome:
         """What it means for the run, if there is no receipt, and so many seconds before its deadline."""
         if self.how == "now":
-            return Outcome("stopped", user_code(self.by), "ended by the user, at once")
+            return Outcome("stopped", user_code(self.by), f"{ended_by(self.by)}, at once")
         if self.how == "preempted":
             return Outcome("preempted", UNKNOWN, "the machine was taken away; run it again to go on")
         if self.how == "unusable":

@@ -13,7 +13,7 @@ from cloudrun.bill import close, forget
 from cloudrun.closing import bring_home, check_json, dry_run_lines, price_words, write_record
 from cloudrun.commands import sweep_up
 from cloudrun.config import Settings, from_env
-from cloudrun.errors import FAILED, CloudrunError, Held, Interrupted, UsageError
+from cloudrun.errors import FAILED, USAGE, CloudrunError, Held, Interrupted, UsageError
 from cloudrun.handover import ALONE_LATER
 from cloudrun.order import Order
 from cloudrun.project import check_project, returned
@@ -102,7 +102,8 @@ def environment(pairs: tuple[str, ...], environ: dict[str, str]) -> dict[str, st
 
 def start_and_follow(client: Client, settings: Settings, wanted: Wanted, options: dict[str, Any]) -> int:
     report = client.report
-    sweep_up(client)
+    if sweep_up(client) == USAGE:  # a key that is not accepted: the search would say the same once more
+        return USAGE
     while True:
         order, offers = place_order(client, settings, wanted, queue=options["wait"])
         try:

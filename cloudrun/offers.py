@@ -52,7 +52,8 @@ def row(offer: Offer) -> tuple[str, ...]:
 
     reliability = "-" if offer.reliability is None else f"{offer.reliability:.3f}"
     speeds = "-" if offer.down is None or offer.up is None else f"{offer.down:.0f}/{offer.up:.0f}"
+    what = offer.what.removesuffix(f" ({offer.place})")  # which has a column of its own
     return (
-        *(offer.what, words(offer.price, ".3f"), words(offer.expected, ".3f")),
+        *(what, words(offer.price, ".3f"), words(offer.expected, ".3f")),
         *(reliability, speeds, offer.place),
     )

@@ -51,7 +51,7 @@ def outcome_of(receipt: dict[str, Any]) -> Outcome:
         limit = "the deadline" if reason == "deadline" else "the cost cap"
         code, words = LIMIT, f"ended at {limit} ({words})"
     elif reason == "stopped":
-        code, words = user_code(receipt["by"]), f"ended by the user ({words})"
+        code, words = user_code(receipt["by"]), f"{ended_by(receipt['by'])} ({words})"
     elif reason == "client-lost":
         code, words = user_code("SIGHUP"), f"ended because no client was left ({words})"
     elif reason != "exited":
@@ -77,6 +77,11 @@ def billed_outcome(bill: dict[str, Any]) -> Outcome:
 def user_code(by: str) -> int:
     """The exit code of a run that the user ended with this signal, or with `cloudrun stop`."""
     return 128 + _number(by, signal.SIGINT)
+
+
+def ended_by(name: str) -> str:
+    """The same in words."""
+    return "ended because the reader closed the output" if name == "SIGPIPE" else "ended by the user"
 
 
 def _number(name: str, default: int) -> int:

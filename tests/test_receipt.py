@@ -32,7 +32,11 @@ CASES: list[tuple[dict[str, Any], int, str]] = [
         129,
         "ended by the user (SIGINT)",
     ),
-    ({"reason": "stopped", "by": "SIGPIPE", "status": 0}, 141, "ended by the user (exit 0)"),
+    (
+        {"reason": "stopped", "by": "SIGPIPE", "status": None, "signal": "SIGINT"},
+        141,
+        "ended because the reader closed the output (SIGINT)",
+    ),
     ({"reason": "stopped", "by": "stop", "status": 0}, 130, "ended by the user (exit 0)"),
     ({"reason": "client-lost", "status": 0}, 129, "ended because no client was left (exit 0)"),
     ({"reason": "failed", "status": None, "message": "no space"}, 125, "main.py was not started: no space"),

@@ -177,6 +177,14 @@ def test_a_wrong_key_is_said_whatever_its_status(rig: VastRig, status: int) -> N
         rig.client(VAST_API_KEY="wrong").offers(NEED)
 
 
+def test_without_a_network_it_is_one_sentence(rig: VastRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VAST_URL", "http://127.0.0.1:9")
+    with pytest.raises(CloudrunError) as raised:
+        rig.client()._api.ask("/users/current", patience=0)
+    words = "vast.ai: http://127.0.0.1:9 cannot be reached (no connection): is this computer online?"
+    assert str(raised.value) == words
+
+
 def test_a_netrc_does_not_replace_our_key(rig: VastRig, tmp_path: Path) -> None:
     (tmp_path / ".netrc").write_text("default login me password mine\n")
     (tmp_path / ".netrc").chmod(0o600)

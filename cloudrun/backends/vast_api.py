@@ -136,7 +136,8 @@ class Api:
         try:
             answer = getattr(self._client, verb)(path, query_args=query, json_data=body)
         except self._requests.exceptions.RequestException as error:
-            raise ApiError(f"it cannot be reached: {error}") from None
+            why = "no answer in time" if isinstance(error, self._requests.Timeout) else "no connection"
+            raise ApiError(f"{self._server} cannot be reached ({why}): is this computer online?") from None
         found = None
         with suppress(ValueError, TypeError):
             ahead = parsedate_to_datetime(answer.headers.get("Date")).timestamp() - time.time()

@@ -272,10 +272,18 @@ def test_a_container_that_comes_back_after_the_deadline_ends_itself(vast):
     nothing_is_left(vast)
 
 
+def test_a_wrong_key_is_said_once_and_before_anything_is_sent(vast):
+    vast.main(WORK)
+    client = vast.start("main.py", VAST_API_KEY="of-nobody")
+    assert client.wait(30) == 2
+    assert vast.err(client) == "cloudrun: vast.ai does not accept VAST_API_KEY: Invalid user key\n"
+
+
 def test_offers_are_shown_and_nothing_is_rented(vast):
     vast.main(WORK)
     table = vast.start("offers")
-    assert table.wait(30) == 0 and "host 50001 (California, US)" in vast.out(table)
+    assert table.wait(30) == 0
+    assert "host 50001 " in vast.out(table) and vast.out(table).count("California, US") == 5, vast.out(table)
     as_json = vast.start("offers", "--hours", "2", "--json")
     assert as_json.wait(30) == 0
     found = json.loads(vast.out(as_json))

@@ -175,7 +175,7 @@ def close(bucket: Bucket, order: Order, ends: list[Ended], reason: str, exit_cod
         "proof": ends[-1].proof if ends else "no machine was ever asked for",
         "attempts": len(ends),
         "parked": ends[-1].parked if ends else "",
-        "note": " ".join(end.note for end in ends if end.note),
+        "note": " ".join(filter(None, [*(end.note for end in ends), split.note if split else ""])),
     }
     with suppress(Conflict):  # somebody else saw the end first; one bill is enough
         bucket.create(order.prefix + "/bill.json", canonical(bill))

@@ -32,7 +32,7 @@ LAYERS = (
     ("index",),
     ("backends.local", "backends.gcp", "backends.vast"),
     ("backends.vast_money",),
-    ("backends.vast_jobs", "backends.vast_state"),
+    ("backends.vast_console", "backends.vast_jobs", "backends.vast_state"),
     ("backends.gcp_api", "backends.gcp_boot", "backends.gcp_vm", "backends.vast_api", "backends.vast_boot"),
     ("backends",),
     ("zipapp",),

@@ -364,6 +364,18 @@ def test_a_job_destroys_it_after_the_deadline_and_goes_when_it_is_gone(judged: V
     ended(judged, name)
 
 
+def test_the_job_of_a_client_that_is_gone_goes_with_the_bill_that_another_one_closes(judged: VastRig) -> None:
+    name = judged.up()
+    ended(judged, name, backend=judged.client())
+    assert judged.vast.jobs == {}
+    name = judged.create(1, RUNS[1])
+    judged.end_all()
+    until(lambda: judged.vast.meter.running() == [])
+    assert judged.vast.jobs
+    ended(judged, name, backend=judged.client())
+    assert judged.vast.jobs == {}
+
+
 def test_the_job_ends_what_nobody_else_ends(judged: VastRig) -> None:
     judged.up()
     judged.vast.clock.advance(2 * 3600 + 120)
@@ -656,6 +668,35 @@ def test_without_charges_it_is_rates_and_time_and_traffic_is_unknown(judged: Vas
     assert cost and cost.traffic is None and cost.total is None
     assert cost.gpu == pytest.approx(split["gpu"], rel=0.05)
     assert cost.disk == pytest.approx(split["disk"], rel=0.05)
+
+
+def test_what_is_booked_late_is_on_the_bill_all_the_same(judged: VastRig) -> None:
+    name, until = judged.up(), time.monotonic() + 3.0
+    while time.monotonic() < until:
+        judged.backend.find(name)
+        time.sleep(0.02)
+    judged.vast.faults.booked_late = 2.0
+    ended(judged, name)
+    (made,) = judged.made()
+    cost, split = judged.backend.cost(name), judged.vast.meter.cost_split(made)
+    assert cost and cost.gpu == pytest.approx(split["gpu"], rel=0.05), cost
+    assert cost.total == pytest.approx(judged.vast.meter.cost(made), rel=0.05), "traffic is what was booked"
+    assert "vast.ai has booked 0.0" in cost.note
+    judged.vast.faults.booked_late = 0.0
+    exact = judged.backend.cost(name)
+    assert exact and exact.gpu == pytest.approx(split["gpu"], rel=1e-6) and not exact.note
+
+
+def test_what_nobody_looked_at_is_not_held_against_the_charges(judged: VastRig) -> None:
+    """A client's computer that slept: the container was up when it went to sleep, and is long gone."""
+    name = judged.up()
+    assert judged.backend.find(name)
+    judged.end_all()
+    judged.vast.clock.advance(3600.0)
+    ended(judged, name)
+    cost = judged.backend.cost(name)
+    assert cost and cost.gpu == pytest.approx(judged.vast.meter.cost_split(judged.made()[0])["gpu"], rel=0.01)
+    assert not cost.note
 
 
 def test_hosts_that_failed_are_on_the_bill(judged: VastRig) -> None:

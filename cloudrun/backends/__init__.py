@@ -40,13 +40,17 @@ class Offer(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """US dollars of one machine; None: nobody knows. And from when to when, if its provider says that."""
+    """US dollars of one machine; None: nobody knows. And from when to when, if its provider says that.
+
+    `note`: why it may not be what the provider will say.
+    """
 
     gpu: float
     disk: float
     traffic: float | None
     started: float | None = None
     ended: float | None = None
+    note: str = ""
 
     @property
     def total(self) -> float | None:
@@ -63,6 +67,7 @@ class Cost(NamedTuple):
             traffic=traffic if known else None,
             started=min(starts, default=None),
             ended=max(ends, default=None),
+            note=self.note or other.note,
         )
 
 

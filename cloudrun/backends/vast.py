@@ -17,8 +17,9 @@ from typing import Any
 from cloudrun.backends import ANYTHING, Boot, Cost, Instance, Need, Offer
 from cloudrun.backends.vast_api import GONE, NO_MONEY, Api, ApiError, nothing_made
 from cloudrun.backends.vast_boot import Label, environment, label_of, onstart, read_label
+from cloudrun.backends.vast_console import Consoles
 from cloudrun.backends.vast_jobs import arm, disarm
-from cloudrun.backends.vast_money import Usage, charged, charges_query, total
+from cloudrun.backends.vast_money import Usage, charged, charges_query, checked, total
 from cloudrun.backends.vast_offers import (
     GB,
     MOST,
@@ -48,9 +49,7 @@ from cloudrun.errors import CloudrunError, NoCapacity, Refused
 
 PAGE = "https://cloud.vast.ai/instances/"
 ASK_AGAIN_LOOKS = 2  # looks between two calls that destroy: the service takes one in 3 s
-READ_LOOKS = 4  # looks between two requests for a console …
 CHARGES_SECONDS = 5.0  # that the end of a run waits for its charges
-TEXT_SECONDS = 30.0  # … of which the text is there by then, or never
 RUNTYPE = "ssh_direc ssh_proxy"  # as vastai sends it: onstart runs, and a person can log in
 
 
@@ -77,8 +76,9 @@ class VastBackend:
         self._last: dict[str, Instance] = {}
         self._phases: dict[int, tuple[str, float]] = {}
         self._asked: dict[int, float] = {}
+        self._disarmed: set[int] = set()
         self._usage: dict[int, Usage] = {}
-        self._consoles: dict[int, tuple[float, str, str]] = {}  # when asked for, where it is, what it said
+        self._consoles = Consoles(self._api, self.pace)
         self._made: dict[int, tuple[float, str]] = {}  # when, with which label
 
     # --- what could be had
@@ -233,7 +233,8 @@ class VastBackend:
             for made in self._numbers.get(name, ()):
                 self._destroy(made)
         for made in self._numbers.get(name, ()):
-            if made in self._gone and self._made.pop(made, (0.0, ""))[0]:
+            if made in self._gone and made not in self._disarmed:  # whoever armed it
+                self._disarmed.add(made)
                 disarm(self._api, made)
 
     def _destroy(self, made: int) -> None:
@@ -360,10 +361,9 @@ class VastBackend:
         wanted, found = {f"instance-{made}" for made in numbers}, {}
         with suppress(CloudrunError):
             found = self._charged(name, wanted)
-        if found and wanted <= set(found):
-            return total(list(found.values()))
-        seen = [self._usage[made].cost() for made in numbers if made in self._usage]
-        return total(seen) if seen else None
+        seen = [self._usage[made] for made in numbers if made in self._usage]
+        booked = total(list(found.values())) if wanted <= set(found) else None
+        return checked(booked, seen) if booked else total([usage.cost() for usage in seen])
 
     def _charged(self, name: str, wanted: set[str]) -> dict[str, Cost]:
         """What the provider took, by source; without sources `wanted`, of all with the label of this name."""
@@ -377,20 +377,9 @@ class VastBackend:
         numbers = [made for made in self._numbers.get(name, ()) if made in self._seen or made in self._gone]
         if not numbers:
             return ""
-        made = numbers[-1]
-        asked, url, text = self._consoles.get(made, (-math.inf, "", ""))
-        if self._phases.get(made, ("", 0.0))[0] in ("provisioning", "pull"):
+        if self._phases.get(numbers[-1], ("", 0.0))[0] in ("provisioning", "pull"):
             return ""  # there is no container yet that could say anything
-        if url and (new := self._api.fetched(url)) is not None:
-            url, text = "", new
-        age = time.monotonic() - asked
-        if made not in self._gone and age > (TEXT_SECONDS if url else READ_LOOKS * self.pace):
-            asked = time.monotonic()
-            with suppress(ApiError):
-                answer = self._api.act("put", f"/instances/request_logs/{made}/", {"tail": "200"})
-                url = str(answer.get("result_url") or "")
-        self._consoles[made] = asked, url, text
-        return text.replace("\r\n", "\n")[-4000:]
+        return self._consoles.read(numbers[-1], gone=numbers[-1] in self._gone)
 
     def by_hand(self, name: str) -> str:
         numbers = [made for made in self._numbers.get(name, ()) if made not in self._gone]

@@ -12,40 +12,51 @@ from cloudrun.backends.vast_state import DEAD, UP, Stage, number
 GB_MONTH = 720.0 * 3600  # seconds for which storage_cost is the price of a GB
 DAY = 86400
 LONGEST_DAYS = 121  # that a run may have begun before its bill is closed
+BOOKED = 0.99  # of what was certainly used: with less the charges are not complete yet
 
 
 class Usage:
     """What one instance has used, as far as it was seen: seconds, from one look to the next."""
 
     def __init__(self, gb: float) -> None:
-        self.gb, self.gpu_seconds, self.disk_seconds = gb, 0.0, 0.0
+        self.gb, self.seconds = gb, [0.0, 0.0]  # of GPU and disk …
+        self.surely = [0.0, 0.0]  # … without what began or ended between two looks
         self.rates: dict[str, float | None] = {}
         self._looked: float | None = None
         self._bills = (False, False)
 
     def look(self, when: float, row: Mapping[str, Any] | None, found: Stage | None) -> None:
         """`row`: None when it is gone."""
-        if self._looked is not None:
-            passed = max(when - self._looked, 0.0)
-            self.gpu_seconds += passed * self._bills[0]
-            self.disk_seconds += passed * self._bills[1]
-        self._looked = when if row is not None else None
-        if row is None or found is None:
-            return
-        names = ("dph_base", "storage_cost", "inet_down_cost", "inet_up_cost")
-        self.rates.update({name: value for name in names if (value := number(row, name)) is not None})
-        gpu = found.kind in (UP, DEAD) or found.phase == "frozen"
-        self._bills = gpu, found.phase not in ("offline", "unknown")
+        bills = (False, False)
+        if row is not None and found is not None:
+            names = ("dph_base", "storage_cost", "inet_down_cost", "inet_up_cost")
+            self.rates.update({name: value for name in names if (value := number(row, name)) is not None})
+            gpu = found.kind in (UP, DEAD) or found.phase == "frozen"
+            bills = gpu, found.phase not in ("offline", "unknown")
+        passed = max(when - self._looked, 0.0) if self._looked is not None else 0.0
+        for part in (0, 1):
+            self.seconds[part] += passed * self._bills[part]
+            self.surely[part] += passed * (self._bills[part] and bills[part])
+        self._looked, self._bills = (when if row is not None else None), bills
 
-    def cost(self) -> Cost | None:
+    def cost(self, *, surely: bool = False) -> Cost | None:
         """Rates times what was seen; bytes are not seen, so that only what is free has a known price."""
+        gpu, disk = self.surely if surely else self.seconds
         rates = self.rates
         hourly, monthly = rates.get("dph_base"), rates.get("storage_cost")
         if hourly is None or monthly is None:
             return None
         free = rates.get("inet_down_cost") == 0 and rates.get("inet_up_cost") == 0
-        disk = self.disk_seconds * monthly * self.gb / GB_MONTH
-        return Cost(self.gpu_seconds * hourly / 3600, disk, 0.0 if free else None)
+        return Cost(gpu * hourly / 3600, disk * monthly * self.gb / GB_MONTH, 0.0 if free else None)
+
+
+def checked(booked: Cost, seen: list[Usage]) -> Cost:
+    """What was booked; where that cannot be all of it yet, the rates times what was seen if that is more."""
+    least, most = (total([usage.cost(surely=surely) for usage in seen]) for surely in (True, False))
+    if not (least and most) or booked.gpu + booked.disk >= BOOKED * (least.gpu + least.disk):
+        return booked
+    note = f"vast.ai has booked {booked.gpu + booked.disk:.4f} USD so far: the cost is rates times time seen"
+    return booked._replace(gpu=max(booked.gpu, most.gpu), disk=max(booked.disk, most.disk), note=note)
 
 
 def charged(rows: list[Any], wanted: set[str], label: str) -> dict[str, Cost]:

@@ -69,6 +69,7 @@ class VastFaults(Faults):
     nulls: set[str] = field(default_factory=set)  # fields of an instance that are shown as null
     absent: set[str] = field(default_factory=set)  # fields of an instance that are not shown by id
     keyless: set[int] = field(default_factory=set)  # their containers have no CONTAINER_API_KEY
+    booked_late: float = 0.0  # seconds after which a use shows in the charges (assumed: docs are silent)
     bad_key: int = 401  # or 404
     taken_status: int = 410  # of no_such_ask: 400 and 404 were seen too
     spend_limit: bool = False
@@ -79,7 +80,7 @@ class VastFaults(Faults):
             each.clear()
         for each in (self.unfiltered, self.nulls, self.absent):
             each.clear()
-        self.spend_limit = False
+        self.spend_limit, self.booked_late = False, 0.0
         self.bad_key, self.taken_status = 401, 410
 
 

@@ -89,7 +89,9 @@ class AccountMethods:
             text = "Must provide both 'day' gte and lte filters for instance charges"
             raise Refusal(400, "invalid_request", text)
         kinds = filters.get("type", {}).get("in", ["instance"])
-        found = [self._charge(each) for each in self.market.contracts.values() if "instance" in kinds]
+        booked = self.market.clock.now() - self.market.faults.booked_late
+        contracts = [each for each in self.market.contracts.values() if each.created <= booked]
+        found = [self._charge(each, booked) for each in contracts if "instance" in kinds]
         found = [row for row in found if row["start"] <= day["lte"] and row["end"] >= day["gte"]]
         found.sort(key=lambda row: row["start"], reverse=request.query.get("latest_first") != "false")
         start, size = place(request.query.get("after_token")), number(request.query.get("limit", 100))
@@ -103,11 +105,10 @@ class AccountMethods:
             "results": page,
         }
 
-    def _charge(self, contract: Contract) -> dict[str, Any]:
-        """Of its whole life; the service makes one a day and adds them up."""
+    def _charge(self, contract: Contract, now: float) -> dict[str, Any]:
+        """Of its whole life until then; the service makes one a day and adds them up."""
         account = self.market.meter.accounts[contract.id]
-        now = self.market.clock.now()
-        start, end = int(account.created), int(account.destroyed or now)
+        start, end = int(account.created), int(min(account.destroyed or now, now))
         hours = account.gpu.seconds(now) / 3600
         amounts = account.amounts(now)
         texts = {"gpu": f"{hours:.3f} hours at ${account.price:.3f}/hour", "disk": f"{account.gigabytes} GB"}

@@ -32,8 +32,9 @@ class Counter:
             self.since = None
 
     def seconds(self, now: float) -> float:
-        running = now - self.since if self.since is not None else 0.0
-        return sum(end - start for start, end in self.done) + running
+        """Until then: `now` may be in the past."""
+        stretches = [*self.done, *([(self.since, now)] if self.since is not None else [])]
+        return sum(max(min(end, now) - start, 0.0) for start, end in stretches)
 
 
 @dataclass

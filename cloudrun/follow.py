@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cloudrun.errors import FAILED, UNKNOWN, BucketError, CloudrunError, Conflict, Corrupt, Missing
 from cloudrun.formats import canonical, parse, seconds_of
 from cloudrun.handover import Renewals
-from cloudrun.late import collect, is_alone
+from cloudrun.late import collect, is_alone, may_go_on
 from cloudrun.order import Order, time_of
 from cloudrun.output import Output
 from cloudrun.receipt import Outcome, billed_outcome, ended_by, outcome_of, read_receipt, user_code
@@ -328,7 +328,9 @@ class _Follower:
         if self.lost:  # whoever has not begun can begin elsewhere, and is not billed for long
             return self._seen("preempted" if self.state else "unusable")
         with suppress(CloudrunError):  # it had no time to say so, or no network
-            if self.client.backend.taken_away(self.name):
+            if self.client.backend.taken_away(self.name) or may_go_on(
+                self.client.bucket, self.order, self.state
+            ):
                 return self._seen("preempted")
         return self._seen("gone")
 

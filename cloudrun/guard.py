@@ -91,6 +91,9 @@ def own_token(metadata):
 def start_agent(boot, end_at):
     """Return the agent's pid and the pipe that tells how it is; only the agent holds the other end."""
     (name, sha256), (reading, writing) = boot["agent"], os.pipe()
+    if os.path.exists("token"):  # a container has started again: the agent left it what was handed over last
+        with open("token") as file:
+            boot["token"] = file.read()
     data = fetch(boot["bucket"], name, boot.get("token"))
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"the agent in the bucket, {name}, is damaged: delete it and run again")

@@ -211,7 +211,7 @@ def take_back(bucket: Bucket, order: Order) -> None:
             kinds = parse(bucket.get(name)[0], name)
         except (Missing, Corrupt):
             continue
-        urls = [url for urls in kinds.values() if isinstance(urls, list) for url in urls]
-        ours = [url for url in urls if isinstance(url, str)]
+        lists = [urls for urls in kinds.values() if isinstance(urls, list)]
+        ours = [url for urls in lists for url in urls if isinstance(url, str)]
         side_by_side(cast("GcsBucket", bucket).cancel, ours, WORKERS)
         bucket.delete(name)

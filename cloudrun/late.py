@@ -73,6 +73,14 @@ def is_alone(order: Order, state: dict[str, Any]) -> bool:
     return order.stranger and state.get("alone") is True
 
 
+def may_go_on(bucket: Bucket, order: Order, state: dict[str, Any]) -> bool:
+    """Whether a machine that is gone without a word had nobody to say it to, well before the deadline.
+
+    Its host may have started it again: then it can read nothing any more, and not know whose turn it is.
+    """
+    return is_alone(order, state) and order.left(bucket) > 0
+
+
 def goes_alone(bucket: Bucket, order: Order) -> bool:
     attempt = last_attempt(bucket, order) if order.stranger else 0
     return is_alone(order, attempt_object(bucket, order, attempt, "state") or {})

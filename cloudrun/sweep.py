@@ -14,7 +14,7 @@ from cloudrun.errors import BucketError, CloudrunError, Corrupt, StillRunning
 from cloudrun.follow import Seen, conclude, how_of
 from cloudrun.formats import canonical, parse, seconds_of, timestamp
 from cloudrun.handover import take_back
-from cloudrun.late import collect
+from cloudrun.late import collect, may_go_on
 from cloudrun.limits import DEFAULTS
 from cloudrun.order import Order, run_prefix, time_of
 from cloudrun.receipt import Outcome, read_receipt
@@ -186,7 +186,8 @@ class _Visit:
         with suppress(CloudrunError):  # Compute Engine shows no console of a machine that is parked
             self.console = self.console or self.backend.console(name)
         with suppress(CloudrunError):
-            if how == "gone" and attempt and self.backend.taken_away(name):
+            alone = may_go_on(self.bucket, order, state)
+            if how == "gone" and attempt and (alone or self.backend.taken_away(name)):
                 how = "preempted"
         return conclude(self.bucket, order, Seen(how, console=self.console, began=began))
 

@@ -46,6 +46,21 @@ def test_with_its_client_gone_it_delivers_outputs_log_and_receipt(google, tmp_pa
     assert google.storage.sessions.open() == 0
 
 
+TWINS = """
+import os
+os.makedirs("model", exist_ok=True)
+for name in "ab":
+    open("model/" + name, "w").write("the same")
+"""
+
+
+def test_what_is_stored_already_is_no_error_for_who_may_not_replace_it(google, tmp_path):
+    """The service looks at what the token may do before it looks at conditions."""
+    run = Stranger(tmp_path, google, TWINS).run()
+    assert run.collect() == [] and run.receipt["save"] == "", run.receipt
+    assert run.outputs() == {"model/a": b"the same", "model/b": b"the same"}
+
+
 CHATTY = """
 import os, time
 end = time.time() + {seconds}

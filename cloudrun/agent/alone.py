@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 20
 LONGEST = 1e6  # seconds; no wait is longer
-FAREWELL = (
-    0.2  # of a token's life: with so little left, and no fresh one, the machine says that it goes on alone
-)
+TOKEN = "token"  # in the directory of the guard, which takes it up when the container starts again
+# Of a token's life: with so little left, and no fresh one, the machine says that it goes on alone.
+FAREWELL = 0.2
 
 
 class Region:
@@ -52,10 +52,7 @@ class Archive:
     def __iter__(self) -> Iterator[bytes]:
         yield self._head
         for data in self._contents:
-            if isinstance(data, Region):
-                yield from data
-            else:
-                yield data
+            yield from data if isinstance(data, Region) else [data]
 
 
 class AloneBucket(RestBucket):
@@ -70,16 +67,18 @@ class AloneBucket(RestBucket):
         self.end_at: float = now() + boot["left"]
         self._attempt = f"{boot['prefix']}/attempts/{boot['attempt']}"
         self._fresh, self._receipt = boot["prefix"] + "/token.json", boot["prefix"] + "/receipt.json"
+        self._disk = os.path.abspath(TOKEN)
         self._sessions: dict[str, list[str]] = {}
         self._sent_at: dict[str, float] = {}
-        self._spool = -1
+        self._spool, self._alone = -1, False
         self._kept: dict[str, Region] = {}  # what is in the spool, by its sha256
         self._stuck: tuple[Content, object] | None = None
-        self._alone = False
         with suppress(Missing):
             found, age = self._aged(self._attempt + "/sessions.json")
             self._sessions = parse(found, "sessions.json", save=list, log=list, receipt=list)
-            self.token.age(age)  # which was made when they were opened
+            if os.path.exists(TOKEN):  # it is no more the one that was made when they were opened
+                age = boot["token_left"] - self._handed()[1]
+            self.token.age(age)
 
     @property
     def alone(self) -> bool:
@@ -89,10 +88,25 @@ class AloneBucket(RestBucket):
         """Take up a fresh token if there is one. True: say now that this machine goes on alone."""
         if not self.alone and self.token.left() < self.token.life / 2:
             with suppress(Missing):
-                found, age = self._aged(self._fresh)
-                fresh = parse(found, "token.json", token=str, seconds=(int, float))
-                self.token.take(fresh["token"], fresh["seconds"] - age)
+                value, left = self._handed()
+                if self.token.take(value, left):
+                    self._keep(value)
         return self.token.left() < FAREWELL * self.token.life
+
+    def _handed(self) -> tuple[str, float]:
+        """The token that was handed over last, and the seconds that it is good for. Raises Missing."""
+        found, age = self._aged(self._fresh)
+        fresh = parse(found, "token.json", token=str, seconds=(int, float))
+        return fresh["token"], fresh["seconds"] - age
+
+    def _keep(self, value: str) -> None:
+        """For the guard of a container that starts again: that of its creation may be over by then."""
+        with suppress(OSError):
+            with open(
+                os.open(self._disk + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w"
+            ) as file:
+                file.write(value)
+            os.replace(self._disk + ".new", self._disk)
 
     def leave(self) -> None:
         """That was said: go on alone, whatever comes."""
@@ -169,14 +183,12 @@ class AloneBucket(RestBucket):
         """Through the next session that is not over. Raises BucketError: then it is to be tried again."""
         sessions = self._sessions.get(kind, [])
         while sessions:
-            try:
+            with suppress(BucketRefused, Conflict, Missing):
                 self.fill(sessions[0], content)
-            except (BucketRefused, Conflict, Missing):
                 del sessions[0]
-                continue
+                self._sent_at[kind] = now()
+                return
             del sessions[0]
-            self._sent_at[kind] = now()
-            return
         raise BucketRefused(f"no upload session for a {kind} is left")
 
     def _aged(self, name: str) -> tuple[bytes, float]:
@@ -187,6 +199,13 @@ class AloneBucket(RestBucket):
         known = sent and written
         age = (parsedate_to_datetime(sent) - parsedate_to_datetime(written)).total_seconds() if known else 0.0
         return answer.body, max(age, 0.0) + 1.0  # both are whole seconds
+
+    def _insert(self, path: str, content: Content, generation: str, mark: str) -> str:
+        """Who may not replace an object is told 403 of one that is there, whatever the condition."""
+        try:
+            return super()._insert(path, content, generation, mark)
+        except Missing:
+            raise Conflict(f"{path} is there already") from None
 
     def _refusal(self, answer: Answer, path: str) -> Any:
         """Who may not list a bucket is told 403 of what is not there."""

@@ -54,7 +54,7 @@ do $p -c 'import sys;sys.exit(sys.version_info<(3,8))' 2>&-&&break
 done
 [ $p ]||f "the image has no Python 3.8 or newer: choose another one with VAST_IMAGE"
 d=/var/lib/cloudrun/$I
-rm -rf $d
+rm -rf $d/[!t]*
 mkdir -p $d&&cd $d||f "the disk cannot be written"
 export CLOUDRUN_ROLE=guard CLOUDRUN_BOOT="$(echo $CLOUDRUN_PAYLOAD|base64 -d)"
 unset CLOUDRUN_PAYLOAD

@@ -343,10 +343,12 @@ class Handed:
         self._value, self.life, self._end = "", 0.0, 0.0
         self.take(value, seconds)
 
-    def take(self, value: str, seconds: float) -> None:
+    def take(self, value: str, seconds: float) -> bool:
         """Use this one from now on, if it is good for longer."""
-        if value != self._value and seconds > self.left():
+        longer = value != self._value and seconds > self.left()
+        if longer:
             self._value, self.life, self._end = value, seconds, time.monotonic() + seconds
+        return longer
 
     def age(self, seconds: float) -> None:
         """It was made so long ago."""

@@ -177,6 +177,11 @@ class Vast:
         with self.clock.changed:
             self.instances[number].resume()
 
+    def destroy(self, number: int) -> None:
+        """As a container does itself, or a person on the web page."""
+        with self.clock.changed:
+            self.instances[number].destroy()
+
     def offline(self, number: int) -> None:
         """The host is lost."""
         with self.clock.changed:

@@ -102,6 +102,51 @@ def test_a_run_that_is_followed_outlives_many_tokens(vast, google):
     ended(vast)
 
 
+STEP = (
+    WORK + "print('up', os.path.exists('model/step'), flush=True)\n"
+    "if os.path.exists('model/step'): sys.exit(9)\n"
+    "write('model/step', '1'); time.sleep(100)"
+)
+
+
+def test_a_container_that_starts_again_when_its_first_token_is_over_goes_on(vast, google):
+    """With the one that its agent left on its disk: what it was created with is of no use any more."""
+    google.logins.narrow_seconds = 8.0
+    vast.main(STEP)
+    client = vast.start("main.py", **google.env)
+    first = wait_until(lambda: [grant for grant in google.tokens.values() if grant.rules], 30)[0]
+    google.logins.narrow_seconds = 60.0
+    wait_until(lambda: vast.saved("model/step"), 30)
+    wait_until(lambda: first.expires < google.tokens._clock.now(), 20)
+    (made,) = vast.place.cloud.meter.running()
+    vast.place.cloud.restart(made)
+    assert client.wait(60) == 9, vast.err(client) + vast.place.cloud.instances[made].log
+    assert vast.out(client) == "up False\nup True\n" and "goes on alone" not in vast.err(client)
+    ended(vast)
+    assert vast.object("bill.json")["attempts"] == 1
+
+
+def test_a_container_that_starts_again_without_any_token_is_followed_by_another_machine(vast, google):
+    """It cannot know whether its run has gone on elsewhere; who sees that it is gone can."""
+    google.logins.narrow_seconds = 6.0
+    vast.main(STEP)
+    lose(vast.running("main.py", text="up False\n", **google.env))
+    wait_until(lambda: vast.saved("model/step"))
+    (made,) = vast.place.cloud.meter.running()
+    wait_until(lambda: (vast.object("attempts/1/state.json") or {}).get("alone"), 30)
+    grants = [grant for grant in google.tokens.values() if grant.rules]
+    wait_until(lambda: all(grant.expires < google.tokens._clock.now() for grant in grants), 20)
+    vast.place.cloud.restart(made)
+    wait_until(lambda: "401" in vast.place.cloud.instances[made].log, 30, "that the guard gives up")
+    vast.place.cloud.destroy(made)  # as the guard does 20 s later
+    vast.meter.wait_gone(10)
+    google.logins.narrow_seconds = 3600.0
+    waiting = vast.start("wait", **google.env)
+    assert waiting.wait(60) == 9, vast.err(waiting)
+    ended(vast)
+    assert vast.object("bill.json")["attempts"] == 2
+
+
 def test_stop_ends_a_run_that_is_alone_at_once(vast, google):
     google.logins.narrow_seconds = 6.0
     vast.main(SLOW.format(seconds=100))

@@ -64,13 +64,15 @@ def see_ended(
     *,
     layer: str,
     clock: Callable[[], float] = time.time,
+    known: Instance | None = None,
 ) -> Ended:
     """Wait for the machine to end itself, then end it, and look until it is gone.
 
-    clock: seconds since the epoch, for a machine whose provider does not say when it ended.
+    clock: seconds since the epoch, for a machine whose provider does not say when it ended. known: as it was
+    seen just now: somebody else may free it before it is looked at here.
     Raises StillRunning, with what to do by hand, if that cannot be seen in time.
     """
-    began, last, errors, stopped, certain = time.monotonic(), None, [], False, not patience.doubtful
+    began, last, errors, stopped, certain = time.monotonic(), known, [], False, not patience.doubtful
     blind = False
     appears = began + (backend.appears_within if patience.doubtful else backend.pace)  # two looks at least
     while True:

@@ -41,11 +41,11 @@ so that bytes which are not UTF-8 survive as lone surrogates):
 The guard gets CLOUDRUN_BOOT in its environment, a JSON object: run, attempt, instance, backend, bucket,
 prefix (<project>/runs/<run>), agent and order ([object, sha256]), left (seconds until the deadline),
 agent_gone and agent_silence (seconds); of a stranger's machine also token and token_left (seconds that it is
-good for; then its bucket can be written through sessions.json only; in the guard's directory a file `token`
-has the one that was handed over last, which counts when the container starts again); of a machine in a cloud also kept
-(whether it outlives the run), gpus (so many have to work) and user (whose main.py is; empty: root's). The
-agent gets the same, and CLOUDRUN_GUARD, the number of the pipe to its parent: `.` alive, `R` the run is
-finished, `L<seconds>\\n` so much is left at most, `H` hands off: leave the machine on.
+good for; then its bucket can be written through sessions.json only; the file `token` in the guard's directory
+has the one that was handed over last, which counts when the container starts again); of a machine in a cloud
+also kept (whether it outlives the run), gpus (so many have to work) and user (whose main.py is; empty:
+root's). The agent gets the same, and CLOUDRUN_GUARD, the number of the pipe to its parent: `.` alive, `R` the
+run is finished, `L<seconds>\\n` so much is left at most, `H` hands off: leave the machine on.
 
 An archive is a line of JSON, {"objects": [[name, size], ...]}, then the contents one after the other. Names
 are log/<8 digits> of the attempt, or saved/<sha256> and last of all outputs.json of the run.

@@ -107,7 +107,7 @@ class _Visit:
         for instance in machines:
             how, why = overdue(instance, limits, receipt, self.now)
             if how and not self._is_by_hand(instance):
-                self._end(instance.name, how, why, limits["stop"])
+                self._end(instance, how, why, limits["stop"])
                 if instance.lost and order and not self.dry_run:
                     self._note_lost(order, instance)
         if len(self.ended) < len(machines) or not project:
@@ -123,15 +123,16 @@ class _Visit:
             self.report.say(f"would {what} {self.run}")
         return self.dry_run
 
-    def _end(self, name: str, how: str, why: str, patience: float) -> None:
+    def _end(self, instance: Instance, how: str, why: str, limit: float) -> None:
+        name = instance.name
         if self.dry_run:
             self.report.say(f"would end {name}, {why}")
             return
         self.how = how
         with suppress(CloudrunError):
             self.console = self.backend.console(name)
-        clock = partial(time_of, self.bucket)
-        self.ended[name] = see_ended(self.backend, name, Patience(0, patience), layer="sweep", clock=clock)
+        clock, patience = partial(time_of, self.bucket), Patience(0, limit)
+        self.ended[name] = see_ended(self.backend, name, patience, layer="sweep", clock=clock, known=instance)
         self.report.warn(f"ended {name}, {why} ({self.ended[name].proof})")
 
     def _is_by_hand(self, instance: Instance) -> bool:

@@ -112,6 +112,15 @@ def test_what_a_machine_leaves_is_freed_before_it_counts_as_ended(backend: FakeB
     assert backend.machines == {} and backend.calls[:3] == ["find", "stop", "find"]
 
 
+def test_one_that_somebody_else_frees_in_the_meantime_is_known_as_it_was_seen(backend: FakeBackend) -> None:
+    """Two sweeps at the same time; the slower one may write the bill."""
+    backend.ends(NAME, "the agent was silent for 300 s")
+    known = backend.machines[NAME]
+    at_find(backend, 1, backend.machines.clear)
+    ended = see_ended(backend, NAME, Patience(0, 60), layer="sweep", known=known)
+    assert (ended.layer, ended.started, ended.ended) == ("guard", known.started, known.ended)
+
+
 def test_a_doubtful_machine_that_never_appears_is_ended(backend: FakeBackend) -> None:
     backend.appears_within = 0.1
     before = time.monotonic()

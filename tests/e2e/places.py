@@ -118,6 +118,10 @@ class GcpPlace(CloudPlace):
         taken = sum(each.preempted for name in meter.names() for each in meter.intervals(name))
         return -1.0 < bill["seconds"] - self.meter.seconds < 1.0 + 3.0 * taken
 
+    def ended_at(self, run):
+        """When the first machine of this run cost nothing any more."""
+        return self.cloud.meter.intervals(run + "-1")[-1].end
+
     def take_away(self):
         (name,) = self.cloud.meter.running()
         self.cloud.preempt(name)
@@ -149,6 +153,12 @@ class VastPlace(CloudPlace):
     def agrees(self, bill):
         billed = self.cloud.meter.total()
         return bill["seconds"] > self.meter.seconds - 1.0 and abs(bill["cost"] - billed) < 1e-5
+
+    def ended_at(self, run):
+        """When the first container of this run cost nothing any more."""
+        label = f"cloudrun/{run}/1/"
+        (number,) = [n for n, each in self.cloud.instances.items() if (each.label or "").startswith(label)]
+        return self.cloud.meter.accounts[number].destroyed
 
     def fair(self, bill, price):
         """A container that comes up costs less than one that runs."""

@@ -6,20 +6,34 @@ import signal
 import pytest
 from machine import wait_until
 
-QUICK = {"limit_client_lost": 1.0, "limit_agent_gone": 0.5}
+from cloudrun.formats import seconds_of
+
+QUICK = {"limit_client_lost": 1.0, "limit_agent_gone": 0.5, "limit_boot_least": 3.0}
 
 
-@pytest.mark.timeout(300)  # six whole runs
-def test_every_fault_ends_within_its_bound(here):
-    client = here.start("drill", "--yes", **QUICK)
-    assert client.wait(280) == 0, here.err(client)
-    head, *rows = here.out(client).splitlines()
+def played(text):
+    """{fault: (run, when)}, as --verbose says it."""
+    lines = re.findall(r"^cloudrun: (\S+): (.+), at (\S+Z)$", text, re.M)
+    return {fault: (run, seconds_of(when)) for run, fault, when in lines}
+
+
+@pytest.mark.timeout(300)  # six whole runs, side by side
+def test_every_fault_ends_within_its_bound(machinery):
+    client = machinery.start("--verbose", "drill", "--yes", **QUICK)
+    assert client.wait(280) == 0, machinery.err(client)
+    head, *rows = machinery.out(client).splitlines()
     assert head.split() == ["FAULT", "ENDED", "BY", "ENDED", "AFTER", "BOUND", "COST"] and len(rows) == 6
-    layers = [re.split("  +", row)[1] for row in rows]
+    rows = [re.split("  +", row) for row in rows]
+    layers = [row[1] for row in rows]
     assert layers[3] == "guard" and not {"sweep", "?"} & set(layers), rows
-    assert "6 runs on " in here.err(client)
-    here.meter.wait_gone(2)
-    assert not here.place.open_runs()
+    machinery.meter.wait_gone(2)
+    assert not machinery.place.open_runs()
+    assert "6 runs on " in machinery.err(client)
+    known = played(machinery.err(client))
+    assert list(known) != [] and set(known) == {row[0] for row in rows}
+    for fault, _, took, *_ in rows if hasattr(machinery.place, "ended_at") else ():
+        run, when = known[fault]
+        assert float(took.removesuffix(" s")) == pytest.approx(machinery.place.ended_at(run) - when, abs=2.0)
 
 
 def test_nothing_that_costs_money_is_started_unasked(here):

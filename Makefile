@@ -18,7 +18,7 @@ unexport STORAGE_EMULATOR_HOST
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_USER = 0
 
-.PHONY: help demo test lint bench clean again
+.PHONY: help demo test lint bench layers clean again
 .NOTPARALLEL:
 
 help: ## this list
@@ -49,6 +49,9 @@ bench: .venv/with-test ## each program in bench/, which prints what it measured
 	    [ -e "$$program" ] || { echo 'There are no benchmarks in bench/ yet.'; exit 1; }; \
 	    echo "$$program"; .venv/bin/python "$$program" $(ARGS) || exit 1; \
 	done
+
+layers: .venv/with-test ## put all but one of what ends a bill out of action, in turn, and print who ended it when
+	@.venv/bin/python -m pytest -n $(WORKERS) -q --table tests/e2e/test_layers.py $(ARGS)
 
 clean: ## remove all that the other targets made
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov

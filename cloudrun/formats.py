@@ -45,7 +45,8 @@ good for; then its bucket can be written through sessions.json only; the file `t
 has the one that was handed over last, which counts when the container starts again); of a machine in a cloud
 also kept (whether it outlives the run), gpus (so many have to work) and user (whose main.py is; empty:
 root's). The agent gets the same, and CLOUDRUN_GUARD, the number of the pipe to its parent: `.` alive, `R` the
-run is finished, `L<seconds>\\n` so much is left at most, `H` hands off: leave the machine on.
+run is finished (an agent that outlives that by agent_gone ends the machine in the guard's place),
+`L<seconds>\\n` so much is left at most, `H` hands off: leave the machine on.
 
 An archive is a line of JSON, {"objects": [[name, size], ...]}, then the contents one after the other. Names
 are log/<8 digits> of the attempt, or saved/<sha256> and last of all outputs.json of the run.

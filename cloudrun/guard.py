@@ -122,27 +122,26 @@ def be_agent(boot, pipe):
 def watch(boot, agent, pipe, end_at):
     """Wait until the machine must end, and return why."""
     silence, gone_after = boot["agent_silence"], boot["agent_gone"]
-    heard, gone_at, finished, closed = now(), None, False, False
+    heard, gone_at, closed = now(), None, False
     while True:
-        patience = gone_after if finished else silence  # what is finished has no reason to hang
-        limit = min(end_at, gone_at + gone_after if gone_at else heard + patience)
+        limit = min(end_at, gone_at + gone_after if gone_at else heard + silence)
         if select.select([] if closed else [pipe], [], [], max(0, min(1, limit - now())))[0]:
             news = os.read(pipe, 65536)  # all that a pipe can hold, so that no word is cut
-            heard, closed, finished = now(), not news, finished or b"R" in news
+            heard, closed = now(), not news
+            if b"R" in news:
+                return "the run is finished"
             if b"H" in news:  # hands off: a person started this machine, and its run is over
                 return ""
             for word in news.split(b"L")[1:]:  # the bucket's clock may shorten a run, never lengthen it
                 end_at = min(end_at, now() + float(word.split(b"\n")[0]))
         if not gone_at and (closed or os.waitid(os.P_PID, agent, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
             gone_at = now()
-        if finished and gone_at:
-            return "the run is finished"
         if now() >= end_at:
             return "the deadline was reached"
         if gone_at and now() >= gone_at + gone_after:
             return "the agent went without a receipt"
-        if not gone_at and now() >= heard + patience:
-            return f"the agent was silent for {patience:.0f} s"
+        if not gone_at and now() >= heard + silence:
+            return f"the agent was silent for {silence:.0f} s"
 
 
 def descendants():

@@ -28,7 +28,8 @@ DEFAULTS: dict[str, float] = {
     "reserve_max": 900,  # … at most so much, and never more than a fifth of the run
     "agent_beat": 5,  # between the agent's signs of life to its guard
     "agent_silence": 300,  # without one the guard ends the machine
-    "agent_gone": 10,  # from the agent's death without a receipt to the end of the machine
+    "agent_gone": 10,  # from the agent's death without a receipt to the end of the machine, or from its
+    # last word until it ends the machine itself, because the guard hangs
     "state": 10,  # between the agent's signs of life in the bucket
     "client_beat": 10,  # between the client's signs of life in the bucket
     "client_lost": 120,  # without one the run ends, if the user asked for that

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 from cloud.storage import Storage
+from layers import table
 
 
 def pytest_configure(config):
@@ -15,6 +16,18 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "e2e" in item.path.parts)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--table", action="store_true", help="print what test_layers.py measured, for README.md")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Each worker's reports come here, with what their tests have recorded."""
+    reports = terminalreporter.getreports("passed")
+    measured = {tuple(value[:2]): value[2] for each in reports for _, value in each.user_properties}
+    if config.getoption("--table"):
+        terminalreporter.write("\n".join(["", *table(measured), ""]))
 
 
 @pytest.fixture

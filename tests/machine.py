@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -153,6 +154,7 @@ class Run:
             "prefix": self.prefix,
             "order": [self.prefix + "/order.json", hashlib.sha256(order).hexdigest()],
             "left": self.left,
+            "agent_gone": 60.0,
         }
 
     def command(self, python):
@@ -181,15 +183,15 @@ class Run:
         return self
 
     def finish(self, seconds=60):
-        """Until the agent has ended. What it wrote into the pipe is in `words` then."""
+        """Until the agent has ended, or said that it has: then we end it. Its `words` are what it wrote."""
         try:
-            self.process.wait(seconds)
+            deadline, piece = time.monotonic() + seconds, b"."
+            while piece and not {*b"RH"} & {*piece}:
+                assert select.select([self.reading], [], [], max(0.0, deadline - time.monotonic()))[0]
+                piece = os.read(self.reading, 65536)
+                self.words += piece
         finally:
             self.kill()
-        os.set_blocking(self.reading, False)
-        with suppress(BlockingIOError):
-            while piece := os.read(self.reading, 65536):
-                self.words += piece
         os.close(self.reading)
         return self
 

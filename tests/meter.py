@@ -78,6 +78,13 @@ class Meter(threading.Thread):
         self._counting = bool(self.members)
         self.samples += 1
 
+    def look_again(self):
+        """What is there now, and not just what was there at the last look."""
+        seen = self.samples
+        while self.samples < seen + 2:
+            time.sleep(PERIOD / 2)
+        return self.members
+
     @property
     def seconds(self):
         return sum(last - first for first, last in self.stretches)

@@ -159,7 +159,7 @@ for step in range(10, 20):
 """
     run = start(tmp_path, main, limits={"save_interval": 0.05})
     sequences = []
-    while run.process.poll() is None:
+    while run.receipt is None:
         found = run.object("outputs.json")
         if found:
             sequences.append(found["sequence"])

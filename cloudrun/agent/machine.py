@@ -6,6 +6,7 @@ On Compute Engine its metadata server answers; a container of vast.ai has an env
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -68,11 +69,11 @@ def let_read(boot: Mapping[str, Any]) -> None:
 
 
 def power_off(boot: Mapping[str, Any]) -> None:
-    """End the machine without its guard. Processes on the user's own computer simply end."""
+    """End the machine without its guard. On the user's own computer only a guard that hangs can be left."""
+    if boot["backend"] == "local" and os.getppid() == os.getpgrp():  # not who adopts orphans
+        os.kill(os.getppid(), signal.SIGKILL)
     if boot["backend"] == "gcp":
-        import subprocess
-
-        subprocess.run(["poweroff", "-f"], check=False)
+        os.system("poweroff -f")
     pause = 4.0
     while boot["backend"] == "vast":  # nobody else is there to do it
         with suppress(OSError, ValueError):

@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import sys
+import time
+from contextlib import suppress
 from functools import partial
 
 from cloudrun.agent.fetch import Fetch
@@ -55,9 +57,10 @@ def main() -> None:
         print(f"CLOUDRUN-FATAL {boot['instance']} {said(error)}", flush=True)
         let_read(boot)
     finally:
-        try:
+        with suppress(OSError):
             os.write(int(os.environ["CLOUDRUN_GUARD"]), last_word)
-        except BrokenPipeError:  # there is no guard who could end the machine
+            time.sleep(boot["agent_gone"])  # the guard ends the machine, and us with it
+        if last_word == b"R":  # it is gone, or it hangs
             power_off(boot)
         os._exit(0)  # nothing is worth waiting for, not even a thread that hangs in the bucket
 

@@ -5,14 +5,17 @@ import os
 import signal
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from cloud.compute import Cloud
+from cloud.faults import Answer
 from cloud.project import Timing
 from cloud.storage import Storage
 from cloud.vast import Vast
+from cloud.vast_errors import forbidden
 from cloud.vast_offers import offer
-from machine import role_of, wait_until
+from machine import role_of, signal_all, wait_until
 
 QUICK = Timing(0.02, 0.02, boot=0.05, stopping=0.02, deleting=0.02, guest_standard=4.0, guest_spot=4.0)
 
@@ -48,6 +51,7 @@ class Place:
     least_billed = 0  # seconds
     free = True  # whether what the settings ask for costs nothing
     notice = True  # whether a machine is told before it is taken away
+    limit_late = 0.0  # seconds that the provider's limit may come too late
 
     def agrees(self, bill):
         """Whether the bill says what the meter says."""
@@ -57,6 +61,20 @@ class Place:
         """Whether the cost on the bill is that of its time, at so many dollars per hour."""
         paid = max(bill["seconds"], self.least_billed)
         return abs(bill["cost"] - paid * price / 3600) < 1e-5
+
+    def now(self):
+        """By the clock of who bills: seconds since the epoch."""
+        return time.time()
+
+    def lose_limit(self):
+        """The provider's own limit never comes, and nobody is told."""
+
+    def have_one_machine(self):
+        """A run has nowhere else to go."""
+
+    def elsewhere(self, home):
+        """Variables of a computer that knows nothing of any run."""
+        return {"HOME": str(home), "XDG_DATA_HOME": str(home), "XDG_CACHE_HOME": str(home)}
 
 
 class CloudPlace(Place):
@@ -95,6 +113,17 @@ class CloudPlace(Place):
     def open_runs(self):
         return [path for path in self.storage.objects("b") if path.startswith("runs/open/")]
 
+    def now(self):
+        return self.cloud.clock.now()
+
+    def freeze(self):
+        """All that runs on the machine stops, and the provider notices nothing."""
+        wait_until(lambda: self.cloud.all_machines)[-1].freeze()
+
+    def cut_off(self):
+        """The bucket is out of reach for everybody."""
+        self.storage.faults.add(lambda call: True, times=float("inf"), status=503)
+
     def close(self):
         self.cloud.close()
         self.storage.__exit__(None, None, None)
@@ -102,6 +131,7 @@ class CloudPlace(Place):
 
 
 class GcpPlace(CloudPlace):
+    name = "gcp"
     least_billed = 60
 
     def __init__(self, folder):
@@ -122,6 +152,13 @@ class GcpPlace(CloudPlace):
         """When the first machine of this run cost nothing any more."""
         return self.cloud.meter.intervals(run + "-1")[-1].end
 
+    def lose_limit(self):
+        self.cloud.project.timing = replace(QUICK, limit_late=1e9)
+
+    def reach_limit(self):
+        (name,) = self.cloud.meter.running()
+        self.cloud.clock.advance(self.cloud.instance(name).limit - self.now())
+
     def take_away(self):
         (name,) = self.cloud.meter.running()
         self.cloud.preempt(name)
@@ -138,7 +175,9 @@ class VastPlace(CloudPlace):
     The service never says when that was, so that a bill ends when it was seen. What it took it does say.
     """
 
+    name = "vast"
     free = notice = False
+    limit_late = 3600.0
 
     def __init__(self, folder):
         super().__init__(Vast(Path(folder)))
@@ -164,6 +203,17 @@ class VastPlace(CloudPlace):
         """A container that comes up costs less than one that runs."""
         return 0 < bill["cost"] < bill["seconds"] * price / 3600
 
+    def lose_limit(self):
+        refusal = Answer(forbidden("a scheduled job"))
+        self.cloud.faults.on("instances.delete", refusal, times=None, when=lambda call: call.key == "job")
+
+    def have_one_machine(self):
+        del self.cloud.offers[1:]
+
+    def reach_limit(self):
+        (job,) = self.cloud.jobs.values()
+        self.cloud.clock.advance(job["start_time"] - self.now())
+
     def take_away(self):
         """Somebody bids more."""
         (number,) = self.cloud.meter.running()
@@ -173,6 +223,8 @@ class VastPlace(CloudPlace):
 
 class LocalPlace(Place):
     """Machines that are process trees on this computer."""
+
+    name = "local"
 
     def __init__(self, top, meter, role):
         self.limits, self.meter, self.role = {}, meter, role
@@ -186,8 +238,25 @@ class LocalPlace(Place):
             return json.loads(path.read_bytes())
         return None
 
+    def orders(self):
+        return [json.loads(path.read_bytes()) for path in (self._bucket / "digits/runs").glob("*/order.json")]
+
     def open_runs(self):
         return list((self._bucket / "open").iterdir())
+
+    def elsewhere(self, home):
+        """Not quite: a computer sees its own machines, by the directory that they work in."""
+        return {"HOME": str(home)}
+
+    def freeze(self):
+        stopped = set()
+        while left := self.meter.look_again() - stopped:
+            signal_all(left, signal.SIGSTOP)
+            stopped |= left
+
+    def cut_off(self):
+        self._bucket.rename(self._bucket.with_name("hidden"))
+        self._bucket.touch()
 
     def take_away(self):
         for pid in self.role("guard"):

@@ -218,19 +218,25 @@ def test_the_guard_dies_without_a_client(here):
 
 
 def test_the_guard_hangs(machinery):
-    """The run does not need it; the client ends what the guard should have ended."""
+    """The run does not need it; the client ends what the guard should have ended, before the agent does."""
     machinery.main(UNTIL_STOPPED)
-    client = machinery.running("main.py", limit_self_end=1.0)
+    client = machinery.running("main.py", limit_self_end=1.0, limit_agent_gone=10.0)
     signal_all(machinery.role("guard"), signal.SIGSTOP)
     assert client.wait(20) == 4
     assert machinery.ended(3)["layer"] == "lease" and machinery.local("model/first") == "first"
 
 
-def test_the_guard_hangs_without_a_client(machinery):
-    machinery.main(UNTIL_STOPPED)
-    lose(machinery.running("main.py", limit_self_end=0.5))
+def hang_when_finished(machinery):
+    """The guard does, and so does the agent, which would end the machine in its place."""
     signal_all(machinery.role("guard"), signal.SIGSTOP)
     machinery.wait_for("receipt.json")
+    signal_all(machinery.role("agent"), signal.SIGSTOP)
+
+
+def test_the_guard_hangs_without_a_client(machinery):
+    machinery.main(UNTIL_STOPPED)
+    lose(machinery.running("main.py", limit_self_end=0.5, limit_agent_gone=10.0))
+    hang_when_finished(machinery)
     time.sleep(1.5)
     assert machinery.run("ps") == 0
     assert machinery.ended(3)["layer"] == "sweep"

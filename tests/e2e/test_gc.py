@@ -1,10 +1,8 @@
 """What a lost client left behind is found and ended by whoever comes by. The meter is the judge."""
 
-import signal
 import time
 
-from machine import signal_all
-from test_ends import POLITE, UNTIL_STOPPED, lose
+from test_ends import POLITE, UNTIL_STOPPED, hang_when_finished, lose
 
 
 def gc(machinery, *options):
@@ -15,11 +13,10 @@ def gc(machinery, *options):
 
 
 def test_gc_says_what_there_is_to_do_and_does_it_and_is_silent_when_there_is_nothing(machinery):
-    client = machinery.main(UNTIL_STOPPED).running("main.py", limit_self_end=0.5)
+    client = machinery.main(UNTIL_STOPPED).running("main.py", limit_self_end=0.5, limit_agent_gone=10.0)
     assert gc(machinery) == ""
     lose(client)
-    signal_all(machinery.role("guard"), signal.SIGSTOP)
-    machinery.wait_for("receipt.json")
+    hang_when_finished(machinery)
     time.sleep(1.5)
     assert "would end digits-" in gc(machinery, "--dry-run") and machinery.meter.members
     assert "ended digits-" in gc(machinery)

@@ -10,7 +10,7 @@ from cloud.faults import Answer, Empty, Slow
 from cloud.tokens import Granted
 from gce import Gce, key_file
 from machine import signal_all, wait_until
-from test_ends import POLITE, RESUMED, SLEEP, UNTIL_STOPPED, WORK, hours, lose
+from test_ends import POLITE, RESUMED, SLEEP, UNTIL_STOPPED, WORK, hang_when_finished, hours, lose
 
 from cloudrun.backends.gcp_prices import disk_per_month
 
@@ -228,9 +228,8 @@ def test_a_wrong_clock_of_who_looks_ends_no_run_and_lets_none_live_on(gcp, ahead
 def test_a_list_without_a_machine_that_runs_closes_no_bill_before_it_has_ended(gcp):
     """It has a receipt and hangs; Google's lists do not have it, and whoever asks by its name finds it."""
     gcp.main(UNTIL_STOPPED)
-    lose(gcp.running("main.py"))
-    signal_all(gcp.role("guard"), signal.SIGSTOP)
-    gcp.wait_for("receipt.json")
+    lose(gcp.running("main.py", limit_agent_gone=10.0))
+    hang_when_finished(gcp)
     gcp.place.cloud.faults.on("instances.aggregatedList", Empty(), times=None)
     assert gcp.run("ps") == 0
     assert gcp.ended(2)["layer"] == "sweep"

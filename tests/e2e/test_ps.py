@@ -17,7 +17,7 @@ def listing(gcp, **variables):
 
 def elsewhere(gcp):
     """The settings of the same account on a computer without a trace of us."""
-    return {name: str(gcp.top / "elsewhere") for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME")}
+    return gcp.place.elsewhere(gcp.top / "elsewhere")
 
 
 def test_a_parked_machine_is_seen_with_its_price_and_another_ones_is_named_and_left_alone(gcp):

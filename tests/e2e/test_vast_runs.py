@@ -244,11 +244,10 @@ def test_a_container_that_starts_again_goes_on_with_its_run(vast):
 def test_a_container_of_a_finished_run_that_starts_again_ends_itself(vast):
     """Its client is gone, and its guard was stopped before it could end it."""
     vast.main(POLITE)
-    lose(vast.running("main.py"))
+    lose(vast.running("main.py", limit_agent_gone=10.0))
     made = number(vast)
     signal_all(vast.role("guard"), signal.SIGSTOP)
     assert vast.place.object("receipt.json") is None
-    vast.place.storage.objects("b")
     signal_all(vast.role("program"), signal.SIGINT)
     vast.wait_for("receipt.json")
     time.sleep(0.5)

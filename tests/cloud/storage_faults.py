@@ -33,11 +33,12 @@ MESSAGES = {
 
 @dataclass(frozen=True)
 class Call:
-    """A request: what kind of method, of which object, and how many of this kind and name came before."""
+    """A request: what kind of method, of which object, how many such came before, and whose library asks."""
 
     kind: str
     name: str
     nth: int
+    user_agent: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,10 @@ class Log:
         self._nth: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
 
-    def call(self, kind: str, name: str) -> Call:
+    def call(self, kind: str, name: str, user_agent: str = "") -> Call:
         with self._lock:
             self._nth[kind, name] += 1
-            return Call(kind, name, self._nth[kind, name] - 1)
+            return Call(kind, name, self._nth[kind, name] - 1, user_agent)
 
     def add(self, request: Request) -> None:
         with self._lock:

@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.storage.faults.refusing:
                 raise Cut
             kind, name = self.kind()
-            call = self.storage.log.call(kind, name)
+            call = self.storage.log.call(kind, name, self.headers.get("User-Agent") or "")
             answer, fault = self.answer(kind, self.storage.faults.take(call))
             body = answer.body[: fault.truncate] if fault else answer.body
             self.note(kind, name, answer.status, len(body))

@@ -3,11 +3,14 @@
 #   make test PYTHON=python3.12             another interpreter
 #   make test ARGS='-k lease -x -n 0'       more arguments for pytest
 #   make demo EPOCHS=20                     a longer example
+#   make chaos N=1000 SEED=7                as many runs with faults, from this seed on
 
 PYTHON ?=
 ARGS =
 EPOCHS = 8
 WORKERS = 3
+N = 20
+SEED = 1
 
 # What a person exports for other work must not reach pip or the programs started here, and no
 # test or demonstration may see an account: both run without one.
@@ -18,7 +21,7 @@ unexport STORAGE_EMULATOR_HOST
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_USER = 0
 
-.PHONY: help demo test lint bench layers clean again
+.PHONY: help demo test chaos lint bench layers clean again
 .NOTPARALLEL:
 
 help: ## this list
@@ -36,6 +39,9 @@ demo: .venv/with-nothing ## run the example here, as on a rented machine; needs 
 
 test: .venv/with-test ## all tests that need no account
 	@.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+chaos: .venv/with-test ## N runs with faults drawn from SEED; N=100 and more are written to docs/chaos.md
+	@.venv/bin/python -m tests.chaos $(N) --seed $(SEED) --jobs $(WORKERS) $(ARGS)
 
 lint: .venv/with-lint ## ruff and strict mypy
 	@status=0; \

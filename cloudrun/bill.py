@@ -35,6 +35,7 @@ class Ended(NamedTuple):
 
     `price`: US dollars per hour; None: that of the order. `least`: seconds that are billed in any case.
     `cost`: if more is known than time and price. `note`: what the provider would not do for it.
+    `sure`: False of a machine that nobody saw and that never said a word; its times are those of claims.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Ended(NamedTuple):
     least: float = 0.0
     cost: Cost | None = None
     note: str = ""
+    sure: bool = True
 
     def charge(self, price: float | None) -> float | None:
         """US dollars, at this price per hour if the machine had none of its own; None: not known."""
@@ -121,7 +123,7 @@ def end_of(backend: Backend, bucket: Bucket, order: Order, attempt: int, *, grac
     """The machine of an attempt that may be somebody else's, seen ended. Raises StillRunning.
 
     With the times that the bucket knows: made after its claim, gone before the next attempt's claim. A
-    machine that nobody saw end has not outlived the provider's own limit.
+    machine that nobody saw end has not outlived the provider's own limit, and may never have been there.
     """
     patience = Patience(grace, order.limits["stop"])
     clock = partial(time_of, bucket)
@@ -131,7 +133,9 @@ def end_of(backend: Backend, bucket: Bucket, order: Order, attempt: int, *, grac
     with suppress(BucketError):
         claim, after = (attempt_object(bucket, order, n, "claim") for n in (attempt, attempt + 1))
         if claim and "time" in claim and ended.started is None:
-            ended = ended._replace(started=seconds_of(claim["time"]), price=ended.price or claim["price"])
+            started, price = seconds_of(claim["time"]), ended.price or claim["price"]
+            spoke = attempt_object(bucket, order, attempt, "agent") is not None
+            ended = ended._replace(started=started, price=price, sure=spoke)
         if after and "time" in after:
             ended = ended._replace(ended=min(ended.ended, seconds_of(after["time"])))
     return ended
@@ -159,7 +163,7 @@ def close(bucket: Bucket, order: Order, ends: list[Ended], reason: str, exit_cod
         return False
     starts = [end.started for end in ends if end.started is not None]
     lived = [max(end.ended - (end.started or end.ended), 0.0) for end in ends]
-    seconds = sum(lived) if len(starts) == len(ends) else None
+    seconds = sum(lived) if len(starts) == len(ends) and all(end.sure for end in ends) else None
     cost = cost_of(ends, order.price) if ends or order.price is not None else None
     split = split_of(ends)
     bill = {

@@ -11,7 +11,7 @@ import pytest
 from fakes import OFFER, FakeBackend
 
 from cloudrun.backends import Boot, Cost
-from cloudrun.bill import Ended, Patience, close, forget, see_ended
+from cloudrun.bill import Ended, Patience, close, end_of, forget, see_ended
 from cloudrun.errors import Conflict, StillRunning
 from cloudrun.formats import canonical
 from cloudrun.limits import DEFAULTS
@@ -266,3 +266,20 @@ def test_who_closes_the_bill_and_who_continues_exclude_each_other(bucket: Folder
     assert last_attempt(bucket, order) == 2
     with pytest.raises(Conflict):
         bucket.create(claims.format(3), b'{"client":"c","time":"2026-11-25T10:10:00.000Z"}')
+
+
+@pytest.mark.parametrize("spoke", [True, False])
+def test_a_machine_that_nobody_saw_is_billed_only_if_it_ever_said_a_word(
+    backend: FakeBackend, tmp_path: Path, spoke: bool
+) -> None:
+    """Its client was killed after its claim: before its create call, perhaps (found by make chaos)."""
+    bucket, order = FolderBucket(str(tmp_path)), make_order()
+    backend.machines.clear()
+    attempt = order.prefix + "/attempts/1/"
+    bucket.create(attempt + "claim.json", b'{"client":"a","price":3.6,"time":"2026-11-25T10:11:20.000Z"}')
+    if spoke:
+        bucket.create(attempt + "agent.json", b'{"machine":"m","time":"2026-11-25T10:11:30.000Z"}')
+    ended = end_of(backend, bucket, order, 1, grace=0.0)
+    assert close(bucket, order, [ended], "failed", 125)
+    bill = read_bill(bucket, order)
+    assert bill and (bill["seconds"] is not None) == (bill["cost"] is not None) == spoke

@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 
+from cloudrun.processes import stat_of
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -70,8 +72,12 @@ def let_read(boot: Mapping[str, Any]) -> None:
 
 def power_off(boot: Mapping[str, Any]) -> None:
     """End the machine without its guard. On the user's own computer only a guard that hangs can be left."""
-    if boot["backend"] == "local" and os.getppid() == os.getpgrp():  # not who adopts orphans
-        os.kill(os.getppid(), signal.SIGKILL)
+    if boot["backend"] == "local":
+        born = int(stat_of(os.getpid())[19]) / os.sysconf("SC_CLK_TCK")  # since boot
+        with suppress(OSError), open(os.environ["CLOUDRUN_INSTANCE"] + "/ended", "w") as file:
+            file.write(f"{time.clock_gettime(time.CLOCK_BOOTTIME) - born:.3f} the run is finished")
+        if os.getppid() == os.getpgrp():  # not who adopts orphans
+            os.kill(os.getppid(), signal.SIGKILL)
     if boot["backend"] == "gcp":
         os.system("poweroff -f")
     pause = 4.0

@@ -19,10 +19,13 @@ from . import TESTS
 from .table import write
 
 WATCHDOG = 240.0  # seconds
+LONG = 100  # runs from which on a campaign is written down …
+PAGE = TESTS.parent / "docs" / "chaos.md"  # … there
 
 
 def play_one(arguments: argparse.Namespace) -> int:
     """In this process; the result is the last line of stdout."""
+    from .judges import required
     from .play import Play, folders
 
     began = time.monotonic()
@@ -32,10 +35,11 @@ def play_one(arguments: argparse.Namespace) -> int:
         record, failures = play.play()
         if failures or arguments.verbose:
             play.show()
-    shown = {
-        name: value for name, value in asdict(record).items() if name not in ("contents", "told", "versions")
-    }
-    print(json.dumps({**shown, "failures": failures, "took": time.monotonic() - began}, default=str))
+    apart = ("contents", "told", "versions")
+    shown = {name: value for name, value in asdict(record).items() if name not in apart}
+    shown.update(failures=failures, took=time.monotonic() - began)
+    shown.update(required=len(required(record)), saves=len(record.versions))
+    print(json.dumps(shown, default=str))
     return bool(failures)
 
 
@@ -90,23 +94,23 @@ def campaign(arguments: argparse.Namespace) -> int:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for result in pool.map(lambda seed: play_apart(seed, arguments), seeds):
             results.append(result)
-            faults = "; ".join(fault["words"] + " -" * (fault["at"] is None) for fault in result["faults"])
-            bad = "FAILED" if result["failures"] else "ok"
-            codes = [client["code"] for client in result.get("clients", ())]
-            print(
-                f"{result['seed']} {bad} {result['backend']} {result['took']:.1f} s {codes} {faults}",
-                flush=True,
-            )
-            if result["failures"]:
-                print(result["shown"])
-                for failure in result["failures"]:
-                    print(f"    {failure}")
-                print(f"    again: make chaos N=1 SEED={result['seed']}", flush=True)
-    failed = [result for result in results if result["failures"]]
-    print(f"{len(results)} runs, {len(failed)} failed, {time.monotonic() - began:.0f} s")
-    if arguments.write:
-        write(Path(arguments.write), results, arguments.seed)
+            say(result)
+    failed = sum(bool(result["failures"]) for result in results)
+    print(f"{len(results)} runs, {failed} failed, {time.monotonic() - began:.0f} s")
+    if arguments.write or arguments.n >= LONG:
+        write(Path(arguments.write or PAGE), results, arguments.seed)
     return bool(failed)
+
+
+def say(result: dict) -> None:
+    """A line for each run; of one that failed, all that is known and how to play it again."""
+    faults = "; ".join(fault["words"] + " -" * (fault["at"] is None) for fault in result["faults"])
+    codes = [client["code"] for client in result.get("clients", ())]
+    bad = "FAILED" if result["failures"] else "ok"
+    print(result["seed"], bad, result["backend"], f"{result['took']:.1f} s", codes, faults, flush=True)
+    if result["failures"]:
+        print(result["shown"], *result["failures"], sep="\n    ")
+        print(f"    again: make chaos N=1 SEED={result['seed']}", flush=True)
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ What it does is a function of the play that makes it happen; it may give back an
 """
 
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -11,14 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .judges import BLINDS, ENDS, HAMPERS, KILLS, LATER, Fault
+from .judges import ENDS, HAMPERS, KILLS, LATER, SLEEPS, Fault
 from .services import SERVICES, storage_faults
 
 ALL, CLOUDS, LOCAL, GCP, VAST = ("local", "gcp", "vast"), ("gcp", "vast"), ("local",), ("gcp",), ("vast",)
 
 
 class Entry(NamedTuple):
-    """`act(play)`. `events`: at which moments; none: from the start, where the fault waits for its request."""
+    """`act(play)`. `events`: at which moments; none: from the start, when it waits for its request."""
 
     name: str
     backends: tuple[str, ...]
@@ -36,6 +37,7 @@ class Drawn:
     entry: Entry
     event: tuple[str, int] | None
     delay: float
+    rng: random.Random
     mend: Callable[[], None] | None = None
 
     def act(self) -> None:
@@ -60,6 +62,11 @@ def signals(*names: str, pause: float = 0.3) -> Callable[[Any], None]:
                 time.sleep(pause)
 
     return act
+
+
+def interrupt_and_kill(play: Any) -> None:
+    signals("SIGINT")(play)
+    kill_client(play)
 
 
 def kill_client(play: Any) -> None:
@@ -123,15 +130,6 @@ def all_hang(play: Any) -> None:
 
 def clock_is_wrong(play: Any) -> None:
     play.shift.write_text(str(play.rng.choice((-3600, -30, 30, 3600))))
-
-
-def clock_jumps(play: Any) -> None:
-    play.shift.with_name("shift.new").write_text(str(play.rng.choice((-7200, 7200))))
-    play.shift.with_name("shift.new").replace(play.shift)
-
-
-def clock_can_jump(play: Any) -> None:
-    play.shift.write_text("0")
 
 
 def take_away(play: Any) -> None:
@@ -199,20 +197,21 @@ END = (("end", 0), ("receipt", 0))
 ANY = (*EARLY, *WORK, *WORK, *END)
 
 CATALOGUE = [
-    Entry("client: killed", ALL, kill_client, (LATER,), ANY),
-    Entry("client: stopped", ALL, stop_client, (LATER,), ANY),
-    Entry("client: stopped for a while", ALL, pause_client, (LATER,), ANY),
+    Entry("client: killed", ALL, kill_client, (), ANY),
+    Entry("client: stopped", ALL, stop_client, (), ANY),
+    Entry("client: stopped for a while", ALL, pause_client, (SLEEPS,), ANY),
     Entry("client: INT", ALL, signals("SIGINT"), (ENDS,), ANY),
     Entry("client: INT twice", ALL, signals("SIGINT", "SIGINT"), (ENDS, HAMPERS, KILLS), ANY),
     Entry("client: TERM", ALL, signals("SIGTERM"), (ENDS,), ANY),
     Entry("client: HUP", ALL, signals("SIGHUP"), (ENDS,), ANY),
-    Entry("client: INT, then killed", ALL, second("ps", then=signals("SIGINT")), (ENDS,), WORK),
+    Entry("client: INT, then killed", ALL, interrupt_and_kill, (ENDS,), WORK),
     Entry("two clients: wait", ALL, second("wait"), (), WORK),
-    Entry("two clients: wait, first killed", ALL, second("wait", then=kill_client), (LATER,), WORK),
-    Entry("two clients: logs -f, first killed", ALL, second("logs", "-f", then=kill_client), (LATER,), WORK),
+    Entry("two clients: wait, first killed", ALL, second("wait", then=kill_client), (), WORK),
+    Entry("two clients: logs -f, first killed", ALL, second("logs", "-f", then=kill_client), (), WORK),
     Entry("two clients: stop", ALL, second("stop"), (ENDS,), WORK),
     Entry("two clients: stop --now", ALL, second("stop", "--now"), (ENDS, HAMPERS), WORK),
     Entry("client: clock is wrong", ALL, clock_is_wrong),
+    Entry("client: clock jumps", ALL, clock_is_wrong, (), ANY),
     Entry("agent: killed", ALL, processes("agent", "SIGKILL"), (HAMPERS,), (*WORK, *END)),
     Entry("agent: stopped", ALL, processes("agent", "SIGSTOP"), (HAMPERS,), (*WORK, *END)),
     Entry("agent: stopped for a while", ALL, processes("agent", "SIGSTOP", 1.5), (HAMPERS,), (*WORK, *END)),
@@ -231,20 +230,25 @@ CATALOGUE = [
     *(Entry(*each) for each in storage_faults(ANY)),
     *(Entry(*each) for each in SERVICES),
 ]
-BY_NAME = {entry.name: entry for entry in CATALOGUE}
 
 
 def draw(play: Any, names: tuple[str, ...] = ()) -> list[Drawn]:
     """One to three faults that this backend can have; `names`: these."""
-    rng, found = play.rng, []
+    found = []
     possible = [entry for entry in CATALOGUE if play.backend in entry.backends]
     if os.geteuid():  # only root can make a small disk
         possible = [entry for entry in possible if entry.name != "disk: full"]
-    wanted = rng.sample(possible, rng.choice((1, 1, 2, 2, 3)))
-    for entry in [BY_NAME[name] for name in names] or wanted:
+    # Each fault has its own dice: a seed stays what it was when another fault is added to the table.
+    dice = {entry.name: random.Random(f"{play.seed} {entry.name}") for entry in CATALOGUE}
+    possible.sort(key=lambda entry: dice[entry.name].random())
+    wanted = possible[: play.rng.choice((1, 1, 2, 2, 3))]
+    named = {entry.name: entry for entry in possible}
+    for entry in [named[name] for name in names] or wanted:
+        rng = dice[entry.name]
         event = rng.choice(entry.events) if entry.events else None
         delay = rng.choice((0.0, 0.0, 0.1, 0.5, 1.0)) if event else 0.0
         words = entry.name + (f", at {event[0]} {event[1] or ''}".rstrip() + f" + {delay} s" if event else "")
-        told = Fault(entry.name, words, entry.excuses)
-        found.append(Drawn(told, play, entry, event, delay))
+        lost = (ENDS,) if play.options and "client" in entry.name else ()  # --if-client-lost=stop
+        told = Fault(entry.name, words, entry.excuses + lost)
+        found.append(Drawn(told, play, entry, event, delay, rng))
     return found

@@ -4,6 +4,7 @@ Each returns sentences about what does not hold; none is good. Times are the ker
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 BILL_SECONDS = 1.0  # by which a bill and the meter may differ
 SAVE_SECONDS = 3.0  # in which what is closed gets into a save, on a machine that has nothing else to do
@@ -12,7 +13,8 @@ LATER = "late"  # what a fault may explain: a machine that is billed until a lat
 HAMPERS = "hampers"  # … saves that do not come, from the fault on …
 BLINDS = "blinds"  # … a client that cannot see that its machine has ended …
 ENDS = "ends"  # … that the user ended the run …
-KILLS = "kills"  # … a main.py that ends by a signal
+KILLS = "kills"  # … a main.py that ends by a signal …
+SLEEPS = "sleeps"  # … a client that looks later than it would, and sees later that its machine has ended
 
 
 @dataclass
@@ -59,8 +61,10 @@ class Record:
     known_cost: float | None = None  # what the provider charged; None if it does not say
     longest: float = 0.0  # seconds from the first machine's start to the last one's end
     limit: float = 60.0  # seconds after which the provider's own limit ends everything
-    late: bool = False  # a machine was billed until a later command ended it
+    late: bool = False  # a machine was billed until a later command ended it …
+    limited: bool = False  # … or the provider, whose clock was moved on for it
     left: list = field(default_factory=list)  # machines that are billed after all
+    left_by_provider: list = field(default_factory=list)  # machines that outlived its limit
     taken: int = 0  # machines that the provider took: their end is known only from when it was seen
     lag: float = 0.0  # by how much this computer was late, at worst
     trouble: str = ""  # a watchdog's, or the emulator's
@@ -70,9 +74,10 @@ class Record:
 
 
 def meter(record: Record) -> list[str]:
-    """(a) Nothing is billed beyond the provider's limit, or without a fault that explains it beyond the end."""
+    """(a) Nothing is billed beyond the provider's limit, nor beyond the run's end if no fault explains it."""
     found = [f"{name} is billed after every layer had its time" for name in record.left]
-    if record.longest > record.limit:
+    found += [f"{name} outlived its provider's limit" for name in record.left_by_provider]
+    if record.longest > record.limit and not record.limited:
         found.append(f"billed for {record.longest:.1f} s, and the limit is {record.limit:.1f} s")
     if record.late and not record.excused(LATER):
         found.append("a machine was billed until a later command ended it, and no fault explains that")
@@ -154,17 +159,19 @@ def outputs(record: Record) -> list[str]:
 def bill(record: Record) -> list[str]:
     """(c) The bill agrees with the meter, or says that it does not know."""
     said = record.bill
-    if not said or said["seconds"] is None:
+    if not said or said["seconds"] is None or record.limited:  # clocks that differ give no bill
         return []
     ahead = said["seconds"] - record.metered
     slack = BILL_SECONDS + 2 * record.lag
     # When what was taken away ended is known only from when that was seen; vast.ai never says it.
-    most = float("inf") if record.backend == "vast" else slack + 3.0 * record.taken
+    most = slack + 3.0 * (record.taken + record.excused(SLEEPS))
+    most = float("inf") if record.backend == "vast" else most
     found = []
     if not -slack <= ahead <= most:
         found.append(f"the bill says {said['seconds']} s, the meter {record.metered:.3f} s")
-    if record.known_cost is not None and said["cost"] is not None:
-        if abs(said["cost"] - record.known_cost) > 0.002 + 2e-3 * record.lag:
+    if None not in (record.known_cost, said["cost"]):
+        apart = abs(said["cost"] - record.known_cost)
+        if apart > 0.002 + 2e-3 * record.lag:
             found.append(f"the bill says {said['cost']} USD, the provider {record.known_cost:.6f} USD")
     return found
 
@@ -177,7 +184,7 @@ def attempts(record: Record) -> list[str]:
         if not any(lives <= set(line) for line in chain.values()) and lives:
             found.append(f"save {attempt}.{sequence} mixes the results of {sorted(lives)}")
     order = [(attempt, sequence) for _, attempt, sequence, _ in record.versions]
-    found += [f"save {b} replaced save {a}" for a, b in zip(order, order[1:], strict=False) if b < a]
+    found += [f"save {b} replaced save {a}" for a, b in pairwise(order) if b < a]
     return found
 
 

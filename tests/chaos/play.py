@@ -58,7 +58,7 @@ class Play:
 
     def __init__(self, seed, top, disks, backend=None, faults=()):
         self.seed, self.top = seed, Path(top)
-        self.rng = random.Random(seed)
+        self._rng, self._own = random.Random(seed), threading.local()
         self.backend = self.rng.choice(("local", "gcp", "vast"))
         self.backend = backend or self.backend
         self.cleanup = ExitStack()
@@ -88,8 +88,11 @@ class Play:
         self.record.status = self.plan["status"]
         self.drawn = draw(self, faults)
         self.record.faults = [fault.told for fault in self.drawn]
-        if any(fault.entry.name == "disk: full" for fault in self.drawn):
+        names = {fault.entry.name for fault in self.drawn}
+        if "disk: full" in names:
             self._small_disk()
+        if "client: clock jumps" in names:
+            self.shift.write_text("0")
 
     def _small_disk(self):
         """What machines write on can be full; a run is refused where less than 64 MB are free."""
@@ -109,18 +112,22 @@ class Play:
         for each in self.record.told:
             print(round(each["at"] - began, 2), {k: v for k, v in each.items() if k != "at"})
         for at, attempt, sequence, files in self.record.versions:
-            print(
-                round(at - began, 2), f"save {attempt}.{sequence}", [(p, h and h["number"]) for p, h in files]
-            )
+            shown = [(path, head and head["number"]) for path, head in files]
+            print(round(at - began, 2), f"save {attempt}.{sequence}", shown)
         print("bill", self.record.bill, "meter", self.record.metered, "receipt", self.record.receipt)
-        for (process, client), number in zip(self.clients, range(99), strict=False):
+        for number, (_, client) in enumerate(self.clients):
             print(f"--- {client}\n{(self.top / f'err{number}').read_text()[-1500:]}")
+
+    @property
+    def rng(self):
+        """Each fault has its own: they come side by side, and a seed is to be played again."""
+        return getattr(self._own, "rng", self._rng)
 
     # --- clients
 
     def start(self, *arguments, kind="other", **variables):
         process = self.machinery.start(*arguments, **self.other_clock(), **variables)
-        client = Client("cloudrun " + " ".join(arguments[-2:]), kind)
+        client = Client("cloudrun " + " ".join(arguments if kind != "main" else arguments[-1:]), kind)
         self.clients.append((process, client))
         self.record.clients.append(client)
         threading.Thread(target=self._follow, args=(process, client), daemon=True).start()
@@ -171,9 +178,10 @@ class Play:
                 return
         if fault.event and self.over.wait(fault.delay):
             return
-        fault.told.at = time.monotonic()
+        fault.told.at, self._own.rng = time.monotonic(), fault.rng
         with suppress(AssertionError, LookupError, ProcessLookupError, ValueError):  # it is gone already
             fault.act()
+        del self._own.rng
 
     def _observe(self):
         """Each outputs.json that there was; and how late this computer is."""
@@ -247,7 +255,9 @@ class Play:
 
     def _later_commands(self):
         """`gc`, until nothing is billed and no bill is open; then who waits, and who fetches."""
-        self.record.late = bool(self.place.meter.members)
+        self.record.late = bool(self.place.meter.members) or self.record.late
+        if self.record.late and self.backend != "local" and self.rng.random() < 0.5:
+            self._let_the_provider_end_it()
         until = time.monotonic() + 20
         while self.place.meter.members and time.monotonic() < until:
             self._wait_for_clients(self.start("gc", kind="other"), "gc")
@@ -255,10 +265,10 @@ class Play:
         for process, client in self.clients:
             if client.code is None and process.pid in self.stopped:
                 self.kill(process)
-        if not self.happened("order"):
-            return
-        self._wait_for_clients(self.start("wait", kind="wait"), "wait")
-        self._wait_for_clients(self.start("pull", kind="other"), "pull")
+        known = self.happened("bill") and self.record.clients[0].code is not None
+        if self.happened("order") and (not known or self.rng.random() < 0.3):
+            self._wait_for_clients(self.start("wait", kind="wait"), "wait")
+            self._wait_for_clients(self.start("pull", kind="other"), "pull")
         for process, client in self.clients:
             if client.code is None and not client.killed:
                 self._wait_for_clients(process, client.words)
@@ -266,6 +276,18 @@ class Play:
         while self.place.meter.members and time.monotonic() < deadline:
             time.sleep(0.02)
         self.record.left = [str(name) for name in self.place.meter.members]
+
+    def _let_the_provider_end_it(self):
+        """The third layer, without any command: its clock, or its job, comes to the limit."""
+        self.record.limited = True
+        if self.backend == "gcp":
+            self.cloud.clock.advance(60)
+        else:
+            self.cloud.fire_jobs()
+        with suppress(AssertionError):
+            wait_until(lambda: not self.place.meter.members, 10 + 20 * self.record.lag)
+        if self.place.meter.members and (self.backend == "gcp" or self.cloud.jobs):
+            self.record.left_by_provider = [str(name) for name in self.place.meter.members]
 
     # --- what is there afterwards
 

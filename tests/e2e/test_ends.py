@@ -212,8 +212,9 @@ def test_the_guard_dies_without_a_client(here):
     signal_all(here.role("guard"), signal.SIGKILL)
     assert here.wait_for("receipt.json")["reason"] == "guard-lost"
     here.meter.wait_gone(8)
+    time.sleep(2)  # it left word of when it ended: when that is seen is of no account
     assert here.run("wait") == 121 and here.run("pull") == 0
-    here.ended(2)
+    assert here.ended(2)["layer"] == "agent"
     assert here.local("model/last") == "SIGINT"
 
 

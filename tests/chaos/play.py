@@ -67,6 +67,8 @@ class Play:
         self.machinery = Machinery(self.top, place)
         self.place = self.machinery.place
         self.place.limits = {**self.place.limits, **LIMITS}
+        if self.backend == "vast":  # whose clock knows whole seconds only
+            self.place.limits["appears"] = 3.0
         self.cloud = getattr(self.place, "cloud", None)
         self.storage = getattr(self.place, "storage", None)
         self.witness = Witness()
@@ -138,7 +140,8 @@ class Play:
         deadline = time.monotonic() + LATE + 20 * self.record.lag
         while self.place.meter.members and time.monotonic() < deadline and client.kind == "main":
             time.sleep(0.02)
-        client.billed, client.code = bool(self.place.meter.members), code
+        # As a shell says it: a second signal may come when all is done, and end it as any program.
+        client.billed, client.code = bool(self.place.meter.members), code if code >= 0 else 128 - code
 
     def done(self, process):
         return next(client.code for each, client in self.clients if each is process) is not None

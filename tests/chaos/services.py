@@ -49,7 +49,7 @@ def storm(effect: Callable[[Any], Any]) -> Any:
 
 
 def appears_late(play: Any) -> None:
-    play.cloud.faults.appear_after["*"] = 0.7
+    play.cloud.faults.appear_after["*"] = play.rng.choice((0.03, 0.7))
 
 
 def stuck(play: Any) -> None:
@@ -101,11 +101,11 @@ def cut(play: Any) -> None:
 
 
 def one_side(client: bool) -> Callable[[Any], None]:
-    """Only the client, or only machines, cannot reach it. The client's library says who it is."""
+    """Only the client, or only machines, cannot reach it. The client's libraries say who they are."""
 
     def act(play: Any) -> None:
         def matches(call: Any) -> bool:
-            return ("gcloud-python" in call.user_agent) == client
+            return call.user_agent.startswith(("gcloud-python", "python-requests")) == client
 
         fault = play.storage.faults.add(matches, times=float("inf"), cut="before")
         play.over.wait(3.0)

@@ -102,9 +102,7 @@ class AloneBucket(RestBucket):
     def _keep(self, value: str) -> None:
         """For the guard of a container that starts again: that of its creation may be over by then."""
         with suppress(OSError):
-            with open(
-                os.open(self._disk + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w"
-            ) as file:
+            with open(self._disk + ".new", "w") as file:
                 file.write(value)
             os.replace(self._disk + ".new", self._disk)
 

@@ -78,10 +78,10 @@ class Program:
 def find_python(environ: Mapping[str, str]) -> str | None:
     """What a shell would start as python, else as python3. Importing shutil for it would cost 4 ms."""
     folders = environ.get("PATH", os.defpath).split(os.pathsep)
-    for path in (os.path.join(folder, name) for name in ("python", "python3") for folder in folders):
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return os.path.abspath(path)
-    return None
+    paths = (
+        os.path.abspath(os.path.join(folder, name)) for name in ("python", "python3") for folder in folders
+    )
+    return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), None)
 
 
 def steps(reason: str, watch: Watch) -> list[tuple[float, int]]:

@@ -7,7 +7,7 @@ from typing import Any
 from . import catalog, errors
 from .catalog import Image, MachineType
 from .clock import rfc3339
-from .lists import page
+from .lists import aggregated, page
 from .operations import number
 from .project import Disk, Project
 
@@ -116,6 +116,10 @@ class CatalogMethods:
         zone = self.zone(request)
         found = [disk.view(self.root) for disk in self.project.disks.values() if disk.zone == zone]
         return page("diskList", found, request.query, f"{self.root}/zones/{zone}/disks")
+
+    def disks_aggregatedList(self, request: Any) -> Any:
+        found = [disk.view(self.root) for disk in self.project.disks.values()]
+        return aggregated("disk", found, request.query, self.root)
 
     def disks_delete(self, request: Any) -> Any:
         disk = self._disk(request)

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import catalog, checks, errors
 from .instances import Instance
-from .lists import choose, page
+from .lists import aggregated, page
 from .operations import Operation
 from .project import Disk, Project
 from .view import label_fingerprint, metadata_fingerprint, view
@@ -36,14 +36,7 @@ class InstanceMethods:
 
     def instances_aggregatedList(self, request: Any) -> Any:
         found = [view(each) for each in self.project.instances.values() if each.visible]
-        chosen, following = choose(found, request.query)
-        items: dict[str, Any] = {}
-        for zone in catalog.ZONES:
-            here = [each for each in chosen if each["zone"].endswith(f"/{zone}")]
-            items[f"zones/{zone}"] = {"instances": here} if here else nothing_in(zone)
-        link = f"{self.project.root}/aggregated/instances"
-        shown = {"kind": "compute#instanceAggregatedList", "id": link.partition("/v1/")[2], "selfLink": link}
-        return {**shown, "items": items, **({"nextPageToken": following} if following else {})}
+        return aggregated("instance", found, request.query, self.project.root)
 
     def instances_getSerialPortOutput(self, request: Any) -> Any:
         """Only while it runs (D:troubleshooting/viewing-serial-port-output)."""
@@ -274,9 +267,3 @@ class InstanceMethods:
         if not (operation := self.project.operations.get(zone, name)):
             raise errors.not_found(f"projects/{self.project.name}/zones/{zone}/operations/{name}")
         return operation
-
-
-def nothing_in(zone: str) -> dict[str, Any]:
-    data = [{"key": "scope", "value": f"zones/{zone}"}]
-    message = f"There are no results for scope 'zones/{zone}' on this page."
-    return {"warning": {"code": "NO_RESULTS_ON_PAGE", "message": message, "data": data}}

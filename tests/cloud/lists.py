@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from . import errors
+from . import catalog, errors
 from .filters import compile_filter
 
 MOST = 500
@@ -22,6 +22,24 @@ def page(kind: str, items: list[dict[str, Any]], query: dict[str, str], self_lin
     if chosen:
         shown["items"] = chosen
     return shown | ({"nextPageToken": following} if following else {})
+
+
+def aggregated(kind: str, items: list[dict[str, Any]], query: dict[str, str], root: str) -> dict[str, Any]:
+    """One page of what is in all zones, zone by zone; one without any says so."""
+    chosen, following = choose(items, query)
+    scopes: dict[str, Any] = {}
+    for zone in catalog.ZONES:
+        here = [each for each in chosen if each["zone"].endswith(f"/{zone}")]
+        scopes[f"zones/{zone}"] = {f"{kind}s": here} if here else nothing_in(zone)
+    link = f"{root}/aggregated/{kind}s"
+    shown = {"kind": f"compute#{kind}AggregatedList", "id": link.partition("/v1/")[2], "selfLink": link}
+    return {**shown, "items": scopes, **({"nextPageToken": following} if following else {})}
+
+
+def nothing_in(zone: str) -> dict[str, Any]:
+    data = [{"key": "scope", "value": f"zones/{zone}"}]
+    message = f"There are no results for scope 'zones/{zone}' on this page."
+    return {"warning": {"code": "NO_RESULTS_ON_PAGE", "message": message, "data": data}}
 
 
 def choose(items: list[dict[str, Any]], query: dict[str, str]) -> tuple[list[dict[str, Any]], str]:

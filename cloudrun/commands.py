@@ -7,6 +7,7 @@ import json
 import os
 import time
 from dataclasses import replace
+from typing import Any
 
 from cloudrun import follow as following
 from cloudrun import offers as offering
@@ -29,14 +30,21 @@ from cloudrun.sweep import sweep
 URGENCY = (0, USAGE, UNKNOWN, FAILED, STILL_BILLED)  # of several exit codes the last of these
 
 
-def sweep_up(client: Client, *, dry_run: bool = False) -> int:
-    """Every command first ends and closes what lost clients left. Returns an exit code, having said why."""
+def sweep_up(client: Client, **options: Any) -> int:
+    """Every command first ends and closes what lost clients left: `options` are those of `sweep`.
+
+    Returns an exit code, having said why.
+    """
+    return _swept(client, **options)[0]
+
+
+def _swept(client: Client, **options: Any) -> tuple[int, bool]:
+    """As sweep_up, and whether anything has changed."""
     try:
-        sweep(client.backend, client.bucket, client.report, client.bounds, dry_run=dry_run)
+        return 0, sweep(client.backend, client.bucket, client.report, client.bounds, **options)
     except CloudrunError as error:
         client.report.error(str(error))
-        return error.exit_code
-    return 0
+        return error.exit_code, True
 
 
 def which(client: Client, settings: Settings, text: str | None, *, act: bool = False) -> Order:
@@ -59,12 +67,13 @@ def ps(client: Client, settings: Settings, *, as_json: bool, history: bool = Fal
     try:
         found = rows(client.bucket, sight, client.report, history=history)
     except BucketError:  # what is overdue has to end even if the bucket is out of reach
-        sweep_up(client)
+        sweep_up(client, machines=sight.of(client.backend))
         raise
     if any(row.doubtful for row in found):  # else a sweep, which costs as much again, finds nothing
-        code = sweep_up(client)
-        sight = look(backends, client.report)
-        found = rows(client.bucket, sight, client.report, history=history)
+        code, changed = _swept(client, machines=sight.of(client.backend))
+        if changed:
+            sight = look(backends, client.report)
+            found = rows(client.bucket, sight, client.report, history=history)
     records = [row.record for row in found]
     for line in [json.dumps(records, indent=1)] if as_json else table(records):
         print(line)
@@ -175,7 +184,7 @@ def _stop_all(client: Client, settings: Settings, now: bool) -> int:
 def gc(client: Client, settings: Settings, *, dry_run: bool) -> int:
     """Sweep every backend that has its settings: made for cron, silent when there is nothing to do."""
     clients = [replace(client, backend=backend) for backend in _backends(client, settings)]
-    return max((sweep_up(each, dry_run=dry_run) for each in clients), key=URGENCY.index)
+    return max((sweep_up(each, disks=True, dry_run=dry_run) for each in clients), key=URGENCY.index)
 
 
 def _backends(client: Client, settings: Settings) -> list[Backend]:

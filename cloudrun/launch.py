@@ -102,6 +102,7 @@ def environment(pairs: tuple[str, ...], environ: dict[str, str]) -> dict[str, st
 
 def start_and_follow(client: Client, settings: Settings, wanted: Wanted, options: dict[str, Any]) -> int:
     report = client.report
+    client.backend.warm_up()
     if sweep_up(client) == USAGE:  # a key that is not accepted: the search would say the same once more
         return USAGE
     while True:

@@ -37,12 +37,21 @@ COLUMNS = "{:<44} {:<20} {:<8} {:>14} {:>9}"
 
 
 class Sight(NamedTuple):
-    """What could be seen: (backend, machine), whose machines these are, and machines that are not ours."""
+    """What could be seen: (backend, machine), whose machines these are, and machines that are not ours.
+
+    `disks`: (backend, disk), without a machine.
+    """
 
     machines: list[tuple[str, Instance]]
     places: set[str]
     others: list[str]
+    disks: list[tuple[str, Instance]]
     blind: bool = False  # a provider could not be asked
+
+    def of(self, backend: Backend) -> list[Instance] | None:
+        """Its machines, None if they could not be seen."""
+        mine = [instance for name, instance in self.machines if name == backend.name]
+        return mine if backend.place in self.places else None
 
 
 def backends_of(
@@ -61,12 +70,16 @@ def backends_of(
 
 def look(backends: list[Backend], report: Report) -> Sight:
     """At all machines of all providers. One that does not answer hides no other."""
-    sight = Sight([], set(), [])
+    sight = Sight([], set(), [], [])
     for backend in backends:
         try:
-            sight.machines.extend((backend.name, instance) for instance in backend.all())
-            sight.others.extend(f"{backend.name}: {name}" for name in backend.others())
+            found = backend.survey()
+            sight.machines.extend((backend.name, instance) for instance in found.ours)
+            sight.disks.extend((backend.name, disk) for disk in found.disks)
+            sight.others.extend(f"{backend.name}: {name}" for name in found.others)
             sight.places.add(backend.place)
+            if found.unseen:
+                report.warn(found.unseen)
         except CloudrunError as error:
             report.warn(f"the machines of {backend.name} cannot be seen: {error}")
             sight = sight._replace(blind=True)
@@ -100,6 +113,7 @@ def rows(bucket: Bucket, sight: Sight, report: Report, *, history: bool = False)
     known_runs = {each.record["run"] for each in known}  # else an order that is damaged hides a machine
     alone = [each for run, found in machines.items() if run not in known_runs for each in found]
     known += [_of_machine(backend, instance) for backend, instance in alone]
+    known += [_of_machine(*disk)._replace(doubtful=False) for disk in sight.disks]  # gc looks after them
     return sorted(known, key=lambda row: str(row.record["started"]))
 
 

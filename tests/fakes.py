@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cloudrun.backends import ANYTHING, Boot, Cost, Instance, Need, Offer
+from cloudrun.backends import ANYTHING, Boot, Cost, Instance, Need, Offer, Survey
 from cloudrun.errors import BucketError, CloudrunError, NoCapacity
 from cloudrun.formats import canonical, frame, timestamp
 from cloudrun.report import Report
@@ -45,6 +45,9 @@ class FakeBackend:
         self.taken: set[str] = set()
         self.on_call: Callable[[str], None] = lambda what: None
 
+    def warm_up(self) -> None:
+        pass
+
     def offers(self, need: Need = ANYTHING) -> list[Offer]:
         self._called("offers")
         self.needs.append(need)
@@ -72,8 +75,8 @@ class FakeBackend:
         self._reach()
         return [machine for machine in self.machines.values() if machine.ended is None]
 
-    def others(self) -> list[str]:
-        return []
+    def survey(self) -> Survey:
+        return Survey(self.all(), [])
 
     def stop(self, name: str) -> None:
         self._called("stop")

@@ -31,11 +31,13 @@ LAYERS = (
     ("order", "receipt", "report", "signals", "terminal"),
     ("index",),
     ("backends.local", "backends.gcp", "backends.vast"),
-    ("backends.vast_money",),
+    ("backends.gcp_left", "backends.vast_money"),
     ("backends.vast_console", "backends.vast_jobs", "backends.vast_state"),
     ("backends.gcp_api", "backends.gcp_boot", "backends.gcp_vm", "backends.vast_api", "backends.vast_boot"),
+    ("backends.gcp_wire",),
     ("backends",),
     ("zipapp",),
+    ("backends.gcp_wanted",),
     ("backends.gcp_prices", "backends.gcp_shapes", "backends.vast_offers"),
     ("project", "config"),
     ("storage.folder", "storage.gcs", "storage.rest", "limits"),
@@ -71,10 +73,9 @@ SENT = (
 )
 
 CATCH_ALL = {
-    "backends/gcp_api.py: call",  # what the SDK raises is translated: its own errors and other libraries'
-    "backends/gcp_api.py: _every",  # the same
+    "backends/gcp_wire.py: patiently",  # what the SDK raises is translated, its own errors and others'
     "backends/vast_api.py: _load",  # the same
-    "backends/gcp_api.py: _load",  # kept for who waits for the SDK
+    "backends/gcp_wire.py: _run",  # an error of a thread is kept for who waits for it
     "agent/main.py: main",  # the machine has to end, whatever it is
     "agent/main.py: work",  # main.py's end is reported, whatever went wrong around it
     "agent/save.py: every_so_often",  # what goes wrong now can go right the next time

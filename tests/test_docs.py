@@ -13,8 +13,8 @@ import click
 import pytest
 
 from cloudrun import config, errors
-from cloudrun.backends.gcp import DISK_GB
 from cloudrun.backends.gcp_prices import disk_per_month
+from cloudrun.backends.gcp_wanted import DISK_GB
 from cloudrun.backends.vast_offers import DEFAULT_IMAGE, DOWN, EGRESS, RELIABILITY, UP
 from cloudrun.cli import cli
 from cloudrun.limits import DEFAULTS

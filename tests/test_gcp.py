@@ -416,3 +416,128 @@ def test_the_command_by_hand_names_the_machine(cloud: Cloud) -> None:
     assert f"gcloud compute instances delete {gce_name(name)} --zone=us-central1-a --project=" in by_hand
     assert "https://console.cloud.google.com/compute/instancesDetail/zones/us-central1-a/" in by_hand
     ended(rig, name)
+
+
+# --- disks that machines left
+
+
+def leave(cloud: Cloud, vm: str) -> str:
+    """Delete a machine as somebody does who keeps its disk, an hour ago."""
+    with cloud.clock.changed:
+        instance = cloud.instance(vm)
+        instance.plan = instance.plan._replace(auto_delete=False)
+        instance.disk.created -= 3600
+        instance._remove()
+    return vm
+
+
+def test_a_disk_that_a_run_left_is_seen_with_its_price_and_can_be_ended(cloud: Cloud) -> None:
+    rig = GcpRig(cloud)
+    name = rig.create()
+    ended(rig, rig.create(attempt=2))
+    disk, client = leave(cloud, gce_name(name)), rig.client()
+    assert client.all() == []
+    found = client.survey()
+    ((left,),) = (found.disks,)
+    assert (left.name, left.run, left.leftover, left.kept) == (name, RUNS[0], True, False)
+    assert disk in left.parked and "about 10.00 USD a month" in left.parked
+    assert client.by_hand(name).startswith(f"gcloud compute disks delete {disk} --zone=us-central1-a")
+    with cloud.clock.changed:
+        cloud.meter.ended(disk)
+    end = see_ended(client, name, Patience(0, 20), layer="sweep")
+    assert end.name == name and cloud.meter.disks() == []
+    assert client.survey().disks == []
+
+
+def test_a_disk_in_use_or_just_made_or_somebody_elses_is_no_left_one(cloud: Cloud) -> None:
+    rig = GcpRig(cloud)
+    name = rig.create()
+    with cloud.clock.changed:
+        cloud.project.make_disk("us-central1-a", "theirs", "pd-balanced", 100, "", {"cloudrun-run": "x"})
+        ours = {f"cloudrun-{word}": "1" for word in ("run", "attempt", "ends")}
+        cloud.project.make_disk("us-central1-a", "new", "pd-balanced", 100, "", ours)
+    assert rig.client().survey().disks == []
+    ended(rig, name)
+
+
+def test_a_disk_that_is_used_again_meanwhile_is_left_alone(cloud: Cloud) -> None:
+    rig = GcpRig(cloud)
+    disk, client = leave(cloud, gce_name(rig.create())), rig.client()
+    ((left,),) = (client.survey().disks,)
+    with cloud.clock.changed:
+        cloud.project.disks["us-central1-a", disk].user = "somebody"
+    assert client.find(left.name) is None
+    client.stop(left.name)
+    assert disk in cloud.meter.disks()
+    with cloud.clock.changed:
+        cloud.meter.ended(disk)
+
+
+def test_a_kept_disk_is_named_and_never_deleted(cloud: Cloud, kept: GcpRig) -> None:
+    leave(cloud, "my-vm")
+    ((left,),) = (kept.client().survey().disks,)
+    assert left.kept and not left.leftover and "my-vm" in left.parked
+    kept.backend.survey()
+    kept.backend.stop(left.name)
+    assert cloud.meter.disks() == ["my-vm"]
+
+
+def test_disks_that_may_not_be_listed_hide_no_machine(cloud: Cloud) -> None:
+    rig = GcpRig(cloud)
+    name = rig.create()
+    cloud.faults.denied.add(("*", "compute.disks.list"))
+    found = rig.client().survey()
+    assert [each.name for each in found.ours] == [name] and "permission for" in found.unseen
+    ended(rig, name)
+
+
+# --- one machine of a name
+
+
+@pytest.mark.parametrize("where", ["us-central1-a", "us-central1-b"])
+@pytest.mark.parametrize("effect", [Empty(), Stale()])
+def test_a_list_that_does_not_know_the_kept_machine_leads_to_no_second_one(
+    cloud: Cloud, effect: Any, where: str
+) -> None:
+    rig = GcpRig(cloud, VM_INSTANCE="my-vm")
+    offer = next(each for each in rig.backend.offers() if each.where == where)
+    rig.backend.create(f"{RUNS[0]}-1", offer, rig.boot(RUNS[0], 1, 60.0))
+    ended(rig, f"{RUNS[0]}-1")
+    cloud.faults.on("instances.aggregatedList", effect, times=None)
+    other = GcpRig(cloud, VM_INSTANCE="my-vm")
+    name = other.create(run=RUNS[1])
+    assert cloud.meter.running() == cloud.meter.disks() == ["my-vm"] and len(cloud.inserts()) == 1
+    ended(other, name)
+    assert len(cloud.meter.intervals("my-vm")) == 2
+
+
+# --- when Google ended a machine
+
+
+def agree(cloud: Cloud, end: Any, name: str) -> bool:
+    return abs((end.ended - end.started) - cloud.meter.seconds(gce_name(name))) < 0.2
+
+
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("how", ["preempted", "limit", "deleted", "off"])
+def test_the_bill_of_a_machine_that_is_gone_ends_when_google_ended_it(
+    cloud: Cloud, how: str, seen: bool
+) -> None:
+    rig = GcpRig(cloud, VM_SPOT="1")
+    name = rig.create()
+    client = rig.backend if seen else rig.client()
+    assert not seen or client.find(name)
+    with cloud.clock.changed:
+        instance = cloud.instance(gce_name(name))
+        acts = {"preempted": instance.preempt, "limit": instance._reach_limit, "off": rig.power_off}
+        acts.get(how, lambda: None)()
+    if how == "off":
+        cloud.wait(gce_name(name), "TERMINATED")
+        time.sleep(0.5)
+    if how in ("off", "deleted"):
+        rig.client().stop(name)
+    cloud.wait(gce_name(name), "GONE")
+    time.sleep(0.5)
+    end = see_ended(client, name, Patience(0, 20), layer="sweep")
+    assert agree(cloud, end, name) and f"no {name}" in end.proof
+    assert cloud.meter.running() == cloud.meter.disks() == []

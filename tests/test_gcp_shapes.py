@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudrun.backends.gcp import wanted
 from cloudrun.backends.gcp_shapes import OWN_IMAGE, TABLE, Shape, image_family, resolve
+from cloudrun.backends.gcp_wanted import wanted
 from cloudrun.errors import UsageError
 
 # What Google documents, written down a second time: type, GPU, number, local SSDs, on demand, disk.

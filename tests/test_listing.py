@@ -10,7 +10,7 @@ import pytest
 from fakes import FakeBackend, receipt_of
 from test_bill import make_order
 
-from cloudrun.backends import Instance
+from cloudrun.backends import Instance, Survey
 from cloudrun.bill import Ended, close
 from cloudrun.errors import CloudrunError
 from cloudrun.formats import canonical, timestamp
@@ -51,7 +51,7 @@ def machine(order: Order, attempt: int = 1, **more: Any) -> Instance:
 
 
 def seen(*machines: Instance, places: tuple[str, ...] = (), others: tuple[str, ...] = ()) -> Sight:
-    return Sight([("fake", each) for each in machines], set(places), list(others))
+    return Sight([("fake", each) for each in machines], set(places), list(others), [])
 
 
 def one(bucket: FolderBucket, sight: Sight, *, history: bool = False) -> dict[str, Any]:
@@ -143,14 +143,14 @@ def test_a_provider_that_does_not_answer_hides_no_other() -> None:
     class Blind(FakeBackend):
         place = "blind"
 
-        def all(self) -> list[Instance]:
+        def survey(self) -> Survey:
             raise CloudrunError("no network")
 
     class Shared(FakeBackend):
         place = "shared"
 
-        def others(self) -> list[str]:
-            return ["somebody's"]
+        def survey(self) -> Survey:
+            return Survey(self.all(), ["somebody's"])
 
     there = Shared()
     order = make_order()

@@ -116,6 +116,19 @@ class Instance(NamedTuple):
         return self.ended is None or self.leftover
 
 
+class Survey(NamedTuple):
+    """What an account has. `ours`: as `all`. `others`: what else is billed there, named and never touched.
+
+    `disks`: with cloudrun's labels and without a machine, as machines that have ended: `leftover` if it is
+    a run's, else one that was kept; `parked` says what it costs. `unseen`: why they are not told.
+    """
+
+    ours: list[Instance]
+    others: list[str]
+    disks: list[Instance] = []  # noqa: RUF012
+    unseen: str = ""
+
+
 ANYTHING = Need()
 
 
@@ -130,6 +143,9 @@ class Backend(Protocol):
     appears_within: float  # seconds from a create call to the moment when its machine can be found
     # Its machines are somebody else's: they get a short-lived token, never an account. One may be of no use.
     stranger: bool
+
+    def warm_up(self) -> None:
+        """A machine will be created soon: load what that takes, on a thread. Raises nothing."""
 
     def offers(self, need: Need = ANYTHING) -> list[Offer]:
         """What could be had now, best first; as many as make sense to try."""
@@ -148,8 +164,8 @@ class Backend(Protocol):
     def all(self) -> list[Instance]:
         """Every machine that carries cloudrun's labels, of whatever run, parked ones included."""
 
-    def others(self) -> list[str]:
-        """Machines of this account that are billed and are not ours: named, never touched."""
+    def survey(self) -> Survey:
+        """All that there is at one look. From then on `find`, `stop` and `by_hand` know the disks by name."""
 
     def stop(self, name: str) -> None:
         """Ask for the end of all billing for this name, and free what it left. Absent is success."""

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import time
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import Any
 
 from cloudrun.account import SCOPES
-from cloudrun.backends import ANYTHING, Boot, Cost, Instance, Need, Offer
-from cloudrun.backends.gcp_api import ApiError, Compute, QuotaExceeded
+from cloudrun.backends import ANYTHING, Boot, Cost, Instance, Need, Offer, Survey
+from cloudrun.backends.gcp_api import Compute
 from cloudrun.backends.gcp_boot import startup_script
+from cloudrun.backends.gcp_left import Left
 from cloudrun.backends.gcp_prices import price as known_price
-from cloudrun.backends.gcp_shapes import Shape, image_family, resolve
+from cloudrun.backends.gcp_shapes import Shape
 from cloudrun.backends.gcp_vm import (
     ATTEMPT,
     BEFORE,
-    KEPT,
     PRICE,
     RUN,
     TAKEN,
@@ -37,55 +37,14 @@ from cloudrun.backends.gcp_vm import (
     seconds_of_google,
     shape_of,
 )
+from cloudrun.backends.gcp_wanted import wanted
+from cloudrun.backends.gcp_wire import ApiError, QuotaExceeded, View
 from cloudrun.config import Settings, place
 from cloudrun.errors import CloudrunError, Held, NoCapacity, UsageError
 
-ZONES = "us-central1-a us-central1-b us-central1-c"
-DISK_GB = 100
-NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?\Z")
-USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
 LEAST_SECONDS = 30  # of maxRunDuration (D:instances/limit-vm-runtime)
+UNBILLED = ("TERMINATED", "SUSPENDED")
 ASK_AGAIN_SECONDS = 30.0  # when a stop that was accepted has had no effect
-YES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
-
-
-class Wanted(NamedTuple):
-    """What VM_* ask for. `vm` is the name of the machine that is kept; empty: one for each attempt."""
-
-    shape: Shape
-    vm: str
-    zones: list[str]
-    spot: bool
-    disk: int
-    image: str
-
-
-def wanted(vm: dict[str, str]) -> Wanted:
-    """Raises UsageError with all that is wrong."""
-    problems = []
-    zones = vm.get("VM_ZONE", ZONES).replace(",", " ").split()
-    problems += [
-        f"VM_ZONE: {zone} is not a zone, such as us-central1-a" for zone in zones if zone.count("-") != 2
-    ]
-    name, disk = vm.get("VM_INSTANCE", ""), vm.get("VM_DISK", str(DISK_GB))
-    if name and not NAME.match(name):
-        problems.append(f"VM_INSTANCE={name}: at most 63 of a-z, 0-9 and -, beginning with a letter")
-    if not disk.isdecimal() or not 10 <= int(disk) <= 65536:
-        problems.append(f"VM_DISK={disk}: not a number of GB from 10 on")
-    spot = YES.get(vm.get("VM_SPOT", "").lower())
-    if spot is None:
-        problems.append(f"VM_SPOT={vm['VM_SPOT']}: not 1 or 0")
-    shape, image = Shape(""), vm.get("VM_IMAGE", "")
-    try:
-        shape = resolve(vm.get("VM_GPU", ""), vm.get("VM_TYPE", ""), bool(spot))
-        image = image or image_family(shape)
-    except UsageError as error:
-        problems.append(str(error))
-    if not USER.match(vm.get("VM_USER", "root")):
-        problems.append(f"VM_USER={vm['VM_USER']}: at most 32 of a-z, 0-9, _ and -")
-    if problems:
-        raise UsageError("\n".join(problems))
-    return Wanted(shape, name, zones, bool(spot), int(disk), image)
 
 
 class GcpBackend:
@@ -102,11 +61,14 @@ class GcpBackend:
         self.place = place(self.name, settings.vm)
         self.pace, self.appears_within = settings.limits["look"], settings.limits["appears"]
         self._compute = Compute(settings.vm["GCLOUD_PROJECT"], os.environ)
+        self.warm_up = self._compute.warm_up
         self._boot_seconds = settings.limits["boot_least"]
         self._full: set[str] = set()  # regions without quota
         self._zones: dict[str, str] = {}  # of the machines that were made or started here
         self._seen: dict[str, tuple[str, str, bool]] = {}  # zone, name and whether it is kept
         self._asked: dict[str, float] = {}
+        self._last: dict[str, Instance] = {}
+        self._left = Left(self._compute)
 
     # --- what could be had
 
@@ -129,17 +91,17 @@ class GcpBackend:
         return Offer(what, price, self._boot_seconds, zone, expected=expected, place=zone)
 
     def _check_image(self, image: str) -> None:
-        _, project, _, _, _, family = image.split("/")
         try:
-            self._compute.call("Images", "get_from_family", project=project, family=family)
+            self._compute.read(image)
         except ApiError as error:
             if error.code != 404:
                 raise
             raise UsageError(f"there is no image {image}: set VM_IMAGE") from None
 
     def _kept(self) -> tuple[str, Any] | None:
-        """(zone, instance) of the machine that VM_INSTANCE names."""
-        found = self._compute.listed(f"name={self._wanted.vm}") if self._wanted.vm else []
+        """(zone, instance) of the machine that VM_INSTANCE names; a list alone may not know of it yet."""
+        vm = self._wanted.vm
+        found = vm and (self._compute.named(self._wanted.zones, vm) or self._compute.listed(f"name={vm}"))
         return found[0] if found else None
 
     def _check_kept(self, zone: str, vm: Any) -> None:
@@ -190,7 +152,7 @@ class GcpBackend:
             source_image=wanted.image,
             disk_size_gb=wanted.disk,
             disk_type=f"zones/{zone}/diskTypes/{wanted.shape.disk_type}",
-            labels={RUN: boot.run} if not kept else {KEPT: "yes"},
+            labels=labels_of(boot, kept=kept),
         )
         network = sdk.NetworkInterface(network=vm.get("VM_NETWORK") or "global/networks/default")
         if "VM_SUBNET" in vm:
@@ -243,7 +205,7 @@ class GcpBackend:
         except ApiError as error:
             if error.code != 412:
                 raise
-            now = sdk.call("Instances", "get", zone=zone, **where)
+            now = sdk.vm(zone, vm.name)
             self._check_free(now)
             raise Held(f"{vm.name} was changed by somebody else a moment ago; run again") from None
         shape = shape_of(vm)
@@ -253,7 +215,7 @@ class GcpBackend:
         sdk.change("set_metadata_unary", zone, metadata_resource=metadata, **where)
         scheduling = self._scheduling(boot, shape, is_spot(vm), kept=True)
         sdk.change("set_scheduling_unary", zone, scheduling_resource=scheduling, **where)
-        now = sdk.call("Instances", "get", zone=zone, **where)
+        now = sdk.vm(zone, vm.name)
         if (now.labels.get(RUN), now.labels.get(ATTEMPT)) != (boot.run, str(boot.attempt)):
             raise Held(f"{vm.name} was taken by the run {now.labels.get(RUN)} a moment ago")
         try:
@@ -297,7 +259,7 @@ class GcpBackend:
 
     def _check_limit(self, vm: str, zone: str) -> None:
         """Raises CloudrunError for a machine that the provider would not end: our caller does."""
-        found = self._compute.call("Instances", "get", zone=zone, instance=vm)
+        found = self._compute.vm(zone, vm)
         if found.status == "RUNNING" and not found.resource_status.scheduling.termination_timestamp:
             raise CloudrunError(f"{vm} was started, but Google did not set a limit to its life")
 
@@ -305,22 +267,49 @@ class GcpBackend:
 
     def find(self, name: str) -> Instance | None:
         found = self._found(name)
-        return described(*found) if found else None
+        if found:
+            self._last[name] = described(*found)
+            return self._last[name]
+        return self._left.disk(name) or self._gone(name)
+
+    def _gone(self, name: str) -> Instance | None:
+        """A machine of one attempt that is not there any more, if Google tells when it ended."""
+        zone, vm, kept = self._made(name)
+        if kept or not name.rpartition("-")[2].isdecimal():
+            return None
+        with suppress(ApiError):  # then it has ended when that is seen
+            return self._left.ended([zone] if zone else self._wanted.zones, vm, name, self._last.get(name))
+        return None
+
+    def _made(self, name: str) -> tuple[str, str, bool]:
+        """Zone (empty: not known), name and whether it is kept, of what was made or seen under this name."""
+        made = self._zones.get(name, ""), self._wanted.vm or gce_name(name), bool(self._wanted.vm)
+        return self._seen.get(name, made)
 
     def all(self) -> list[Instance]:
-        listed = [each for each in self._compute.listed(f"labels.{RUN}:*") if is_ours(each[1])]
-        found = [described(*each) for each in listed]
-        for instance, (zone, vm) in zip(found, listed, strict=True):
-            self._seen[instance.name] = zone, vm.name, instance.kept
-        return found
+        return self._ours(self._compute.listed(f"labels.{RUN}:*"))
 
-    def others(self) -> list[str]:
-        listed = self._compute.listed("status!=TERMINATED")
-        return [f"{vm.name} in {zone}" for zone, vm in listed if not is_ours(vm) and vm.status != "SUSPENDED"]
+    def survey(self) -> Survey:
+        listed, disks, unseen = self._compute.listed(), [], ""
+        others = [(zone, vm.name) for zone, vm in listed if not is_ours(vm) and vm.status not in UNBILLED]
+        try:
+            disks = self._left.disks()
+        except ApiError as error:  # which must hide no machine
+            unseen = f"the disks of {self.place} cannot be seen: {error}"
+        return Survey(self._ours(listed), [f"{name} in {zone}" for zone, name in others], disks, unseen)
+
+    def _ours(self, listed: list[tuple[str, View]]) -> list[Instance]:
+        found = []
+        for zone, vm in listed:
+            if is_ours(vm):
+                found.append(described(zone, vm))
+                self._seen[found[-1].name] = zone, vm.name, found[-1].kept
+        return found
 
     def stop(self, name: str) -> None:
         found = self._found(name)
         if not found:
+            self._left.delete(name)
             return
         zone, vm = found
         # What has another name than we would give it was made by somebody else, whatever its labels say.
@@ -330,8 +319,10 @@ class GcpBackend:
             return
         self._asked[name] = now
         try:
-            verb, more = ("stop_unary", {"discard_local_ssd": True}) if kept else ("delete_unary", {})
-            self._compute.begin(verb, zone, instance=vm.name, **more)
+            if kept:
+                self._compute.begin("stop_unary", zone, instance=vm.name, discard_local_ssd=True)
+            else:
+                self._compute.begin("delete_unary", zone, instance=vm.name)
         except CloudrunError as error:
             del self._asked[name]
             if getattr(error, "code", None) != 404:
@@ -339,19 +330,10 @@ class GcpBackend:
 
     def taken_away(self, name: str) -> bool:
         """By the operation that this leaves: a machine of one attempt is gone with it."""
-        found = self._found(name)
-        zones, vm, since = self._wanted.zones, gce_name(name), 0.0
+        found, (zone, vm, _), since = self._found(name), self._made(name), 0.0
         if found:
-            zones, vm = [found[0]], found[1].name
             since = seconds_of_google(found[1].last_start_timestamp) or 0.0
-        elif name in self._zones:
-            zones = [self._zones[name]]
-        return any(
-            each.target_link.endswith("/instances/" + vm)
-            and (seconds_of_google(each.insert_time) or 0.0) >= since
-            for zone in zones
-            for each in self._compute.operations(zone, "compute.instances.preempted")
-        )
+        return self._left.taken_away([zone] if zone else self._wanted.zones, vm, since)
 
     def cost(self, name: str) -> Cost | None:
         return None
@@ -361,18 +343,15 @@ class GcpBackend:
         if not found:
             return ""
         zone, vm = found
-        output = self._compute.call(
-            "Instances", "get_serial_port_output", zone=zone, instance=vm.name, start=-8192
-        )
+        output = self._compute.read(f"zones/{zone}/instances/{vm.name}/serialPort", start=-8192)
         return str(output.contents).replace("\r\n", "\n")[-4000:]
 
     def by_hand(self, name: str) -> str:
-        kept = bool(self._wanted.vm)
-        made = self._zones.get(name, self._wanted.zones[0]), self._wanted.vm or gce_name(name), kept
-        zone, vm, kept = self._seen.get(name, made)
-        project, verb = self._compute.project, "stop" if kept else "delete"
+        zone, vm, kept = self._made(name)
+        zone, project = zone or self._wanted.zones[0], self._compute.project
         page = f"https://console.cloud.google.com/compute/instancesDetail/zones/{zone}/instances/{vm}?project={project}"
-        return f"{self._gcloud(verb, vm, zone)}\nor there: {page}"
+        machine = f"{self._gcloud('stop' if kept else 'delete', vm, zone)}\nor there: {page}"
+        return self._left.by_hand(name) or machine
 
     def _gcloud(self, verb: str, vm: str, zone: str) -> str:
         return f"gcloud compute instances {verb} {vm} --zone={zone} --project={self._compute.project}"

@@ -87,9 +87,31 @@ def _number(text: str) -> int:
 def parked_words(vm: Any) -> str:
     size = sum(disk.disk_size_gb for disk in vm.disks)
     # The kind of a disk is not told here; what a machine is made with is what its shape needs.
-    cost = disk_per_month(shape_of(vm).disk_type, size)
-    words = "what is not known" if cost is None else f"about {cost:.2f} USD"
-    return f"{vm.name} is parked, its disk costs {words} a month"
+    return f"{vm.name} is parked, its disk costs {_monthly(shape_of(vm).disk_type, size)}"
+
+
+def _monthly(kind: str, gigabytes: int) -> str:
+    cost = disk_per_month(kind, gigabytes)
+    return f"{'what is not known' if cost is None else f'about {cost:.2f} USD'} a month"
+
+
+def of_a_disk(disk: Any) -> Instance:
+    """One that no machine uses, as a machine that has ended."""
+    run, attempt = disk.labels.get(RUN, ""), disk.labels.get(ATTEMPT, "0")
+    zone, kind = (url.rpartition("/")[2] for url in (disk.zone, disk.type))
+    made = seconds_of_google(disk.creation_timestamp) or time.time()
+    return Instance(
+        name=disk.name if is_kept(disk) else f"{run}-{attempt}",
+        run=run or disk.name,
+        attempt=_number(attempt),
+        deadline=timestamp(_number(disk.labels.get(ENDS, ""))),
+        started=made,
+        alive=False,
+        ended=made,
+        leftover=not is_kept(disk),
+        parked=f"the disk {disk.name} in {zone}, which nobody uses and costs {_monthly(kind, disk.size_gb)}",
+        kept=is_kept(disk),
+    )
 
 
 def gce_name(name: str) -> str:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-from cloudrun.backends import ANYTHING, Boot, Cost, Instance, Need, Offer
+from cloudrun.backends import ANYTHING, Boot, Cost, Instance, Need, Offer, Survey
 from cloudrun.config import data_directory, place
 from cloudrun.errors import CloudrunError
 from cloudrun.formats import timestamp
@@ -46,6 +46,9 @@ class LocalBackend:
     def __init__(self, price: float = 0.0) -> None:
         self._price, self.place = price, place(self.name, os.environ)
         self._children: list[subprocess.Popen[bytes]] = []
+
+    def warm_up(self) -> None:
+        """Nothing has to be loaded."""
 
     def offers(self, need: Need = ANYTHING) -> list[Offer]:
         expected = self._price * need.hours
@@ -99,8 +102,8 @@ class LocalBackend:
             members.setdefault(os.path.basename(mark["CLOUDRUN_INSTANCE"]), []).append((pid, mark))
         return [_instance(name, found) for name, found in members.items()]
 
-    def others(self) -> list[str]:
-        return []
+    def survey(self) -> Survey:
+        return Survey(self.all(), [])
 
     def stop(self, name: str) -> None:
         """Kill all of it, the guard last: until then orphans come to the guard and cannot hide."""

@@ -14,7 +14,7 @@ from collections import Counter
 from contextlib import suppress
 from typing import Any
 
-from cloudrun.backends import ANYTHING, Boot, Cost, Instance, Need, Offer
+from cloudrun.backends import ANYTHING, Boot, Cost, Instance, Need, Offer, Survey
 from cloudrun.backends.vast_api import GONE, NO_MONEY, Api, ApiError, nothing_made
 from cloudrun.backends.vast_boot import Label, environment, label_of, onstart, read_label
 from cloudrun.backends.vast_console import Consoles
@@ -64,6 +64,7 @@ class VastBackend:
     def __init__(self, settings: Settings) -> None:
         self._wanted, self._limits = wanted(settings.vm), settings.limits
         self._api = Api(settings.vm["VAST_API_KEY"], os.environ)
+        self.warm_up = self._api.warm_up
         self.place = place(self.name, settings.vm)
         self.pace = 1.25 * settings.limits["look"]  # the service takes a look in 2 s
         self.appears_within = settings.limits["appears"] / 2
@@ -218,12 +219,13 @@ class VastBackend:
         return last._replace(alive=False, coming=False, ended=max(ends)) if last and ends else None
 
     def all(self) -> list[Instance]:
-        rows = [row for row in self._api.listed() if read_label(row.get("label"))]
-        return [self._described(row) for row in rows]
+        return self.survey().ours
 
-    def others(self) -> list[str]:
-        rows = [row for row in self._api.listed() if not read_label(row.get("label"))]
-        return [f"instance {row.get('id')} ({row.get('label') or 'no label'})" for row in rows]
+    def survey(self) -> Survey:
+        rows = self._api.listed()
+        ours = [self._described(row) for row in rows if read_label(row.get("label"))]
+        rest = [row for row in rows if not read_label(row.get("label"))]
+        return Survey(ours, [f"instance {row.get('id')} ({row.get('label') or 'no label'})" for row in rest])
 
     def stop(self, name: str) -> None:
         for made in self._numbers.get(name, ()):  # without a look, of which one in 2 s is let through
@@ -331,15 +333,13 @@ class VastBackend:
         label = read_label(row.get("label")) or read_label(given) or Label("", 0, 0)
         if made not in self._numbers.setdefault(label.name, []):
             self._numbers[label.name].append(made)
-        self._usage.setdefault(made, Usage(number(row, "disk_space") or 0.0)).look(
-            self._api.now(), row, found
-        )
+        usage = self._usage.setdefault(made, Usage(number(row, "disk_space") or 0.0))
+        usage.look(self._api.now(), row, found)
         return described(row, label, found, self._lost(made, row, found), when)
 
     def _lost(self, made: int, row: dict[str, Any], found: Stage) -> str:
         """Why this instance is of no use any more; empty while it is, or may be again."""
-        phase, since = self._phases.get(made, ("", 0.0))
-        now = time.monotonic()
+        (phase, since), now = self._phases.get(made, ("", 0.0)), time.monotonic()
         if phase != found.phase:
             since = now
             self._phases[made] = found.phase, now
@@ -353,8 +353,7 @@ class VastBackend:
     # --- money and words
 
     def taken_away(self, name: str) -> bool:
-        last = self._last.get(name)
-        return bool(last and last.lost)
+        return bool((last := self._last.get(name)) and last.lost)
 
     def cost(self, name: str) -> Cost | None:
         numbers = self._numbers.get(name, [])
@@ -368,8 +367,9 @@ class VastBackend:
     def _charged(self, name: str, wanted: set[str]) -> dict[str, Cost]:
         """What the provider took, by source; without sources `wanted`, of all with the label of this name."""
         run, _, attempt = name.rpartition("-")
-        query = charges_query(self._api.now())
-        rows = self._api.ask("/charges/", query, patience=CHARGES_SECONDS).get("results")
+        rows = self._api.ask("/charges/", charges_query(self._api.now()), patience=CHARGES_SECONDS).get(
+            "results"
+        )
         return charged(rows if isinstance(rows, list) else [], wanted, f"cloudrun/{run}/{attempt}/")
 
     def console(self, name: str) -> str:

@@ -98,6 +98,9 @@ class Api:
         """Seconds since the epoch by the clock of the service, by which it bills: ours may be wrong."""
         return time.time() + self._ahead
 
+    def warm_up(self) -> None:
+        """Its client is being imported already: whoever looks needs it as well."""
+
     def ready(self) -> None:
         """Wait for the client. Raises UsageError if there is none."""
         self._ready.join()

@@ -131,7 +131,7 @@ def settings(environ: Mapping[str, str], flag: str | None) -> Iterator[Finding]:
     backend, chosen = choose_backend(environ, flag)
     problems = _problems(from_env, environ, os.getcwd(), backend=flag)
     if backend == "gcp":
-        from cloudrun.backends.gcp import wanted
+        from cloudrun.backends.gcp_wanted import wanted
 
         problems += _problems(wanted, of_a_vm(environ))
     if backend == "vast":

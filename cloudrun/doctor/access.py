@@ -11,7 +11,7 @@ from cloudrun.doctor.google import Google, Refused
 
 INSTANCES = "create delete get list start stop setLabels setMetadata setServiceAccount setTags setScheduling"
 NEEDED = [
-    "compute.disks.create",
+    *(f"compute.disks.{verb}" for verb in ("create", "delete", "get", "list")),
     "compute.images.useReadOnly",
     *(f"compute.instances.{verb}" for verb in f"{INSTANCES} getSerialPortOutput getGuestAttributes".split()),
     *("compute.machineTypes.get", "compute.networks.get", "compute.subnetworks.use"),

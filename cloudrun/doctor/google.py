@@ -11,15 +11,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cloudrun import account
-from cloudrun.backends.gcp import Wanted, wanted
-from cloudrun.backends.gcp_api import ENDPOINT
+from cloudrun.backends.gcp_wanted import Wanted, wanted
+from cloudrun.backends.gcp_wire import ENDPOINT, GOOGLE
 from cloudrun.config import of_a_vm
 from cloudrun.errors import CloudrunError, UsageError
 
 TIMEOUT = (4.0, 8.0)  # seconds to connect, and for an answer
 OVERRIDES = "CLOUDSDK_API_ENDPOINT_OVERRIDES_"
 SERVICES = {
-    "compute": (ENDPOINT, "https://compute.googleapis.com/compute/v1/"),
+    "compute": (ENDPOINT, GOOGLE),
     "storage": ("STORAGE_EMULATOR_HOST", "https://storage.googleapis.com/"),
     "cloudresourcemanager": (
         f"{OVERRIDES}CLOUDRESOURCEMANAGER",

@@ -142,12 +142,6 @@ class GcpPlace(CloudPlace):
         gcp = {"CLOUDRUN_BACKEND": "gcp", "CLOUDRUN_PRICE": "0", "VM_GPU": "none", "VM_SPOT": "1"}
         return {**super().settings(), **gcp}
 
-    def agrees(self, bill):
-        """What Google takes away is deleted as it ends: on its bill it ends when that is seen."""
-        meter = self.cloud.meter
-        taken = sum(each.preempted for name in meter.names() for each in meter.intervals(name))
-        return -1.0 < bill["seconds"] - self.meter.seconds < 1.0 + 3.0 * taken
-
     def ended_at(self, run):
         """When the first machine of this run cost nothing any more."""
         return self.cloud.meter.intervals(run + "-1")[-1].end

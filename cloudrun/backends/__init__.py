@@ -145,7 +145,7 @@ class Backend(Protocol):
     stranger: bool
 
     def warm_up(self) -> None:
-        """A machine will be created soon: load what that takes, on a thread. Raises nothing."""
+        """A machine will be created or ended soon: load what that takes, on a thread. Raises nothing."""
 
     def offers(self, need: Need = ANYTHING) -> list[Offer]:
         """What could be had now, best first; as many as make sense to try."""

@@ -33,8 +33,10 @@ class Compute:
         self._sdk.start()
 
     def ready(self) -> None:
-        """Raises UsageError without SDK or credentials."""
+        """Wait for what was begun: a run's time counts from its order on. Raises UsageError without it."""
         patiently(self._wire.session.get, self.project)
+        if self._sdk.begun:
+            patiently(self._sdk.get, self.project)
 
     def read(self, path: str, **query: Any) -> View:
         """The resource at this path. Raises ApiError; QuotaExceeded; UsageError as `ready`."""

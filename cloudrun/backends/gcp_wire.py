@@ -79,6 +79,10 @@ class Soon:
         self._value: Any = None
         self._error: Exception | None = None
 
+    @property
+    def begun(self) -> bool:
+        return self._thread is not None
+
     def start(self) -> None:
         with self._lock:
             if self._thread is None:

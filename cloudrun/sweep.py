@@ -151,7 +151,7 @@ class _Visit:
             self.now - seconds_of(disk.deadline) > STRANGE_SECONDS
             or self.bucket.size(run_prefix(project, self.run) + "/bill.json") is not None
         ):
-            self._end(disk.name, "gone", f"which has left {disk.parked}", DEFAULTS["stop"])
+            self._end(disk, "gone", f"which has left {disk.parked}", DEFAULTS["stop"])
 
     def _only_say(self, what: str) -> bool:
         if self.dry_run:

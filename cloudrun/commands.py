@@ -6,13 +6,14 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 from cloudrun import follow as following
 from cloudrun import offers as offering
 from cloudrun import pull as pulling
-from cloudrun.backends import Backend
+from cloudrun.backends import Backend, Survey
 from cloudrun.bill import close, end_of
 from cloudrun.closing import counted, last_line, say_pulled
 from cloudrun.config import Settings
@@ -30,21 +31,20 @@ from cloudrun.sweep import sweep
 URGENCY = (0, USAGE, UNKNOWN, FAILED, STILL_BILLED)  # of several exit codes the last of these
 
 
-def sweep_up(client: Client, **options: Any) -> int:
-    """Every command first ends and closes what lost clients left: `options` are those of `sweep`.
+def sweep_up(client: Client, look: Callable[[], Survey] | None = None, *, dry_run: bool = False) -> int:
+    """Every command first ends and closes what lost clients left. Returns an exit code, having said why.
 
-    Returns an exit code, having said why.
+    `look`: what there is, else machines are looked for.
     """
-    return _swept(client, **options)[0]
-
-
-def _swept(client: Client, **options: Any) -> tuple[int, bool]:
-    """As sweep_up, and whether anything has changed."""
     try:
-        return 0, sweep(client.backend, client.bucket, client.report, client.bounds, **options)
+        found = look() if look else Survey(client.backend.all(), [])
+        if found.unseen:
+            client.report.warn(found.unseen)
+        sweep(client.backend, client.bucket, client.report, client.bounds, found, dry_run=dry_run)
     except CloudrunError as error:
         client.report.error(str(error))
-        return error.exit_code, True
+        return error.exit_code
+    return 0
 
 
 def which(client: Client, settings: Settings, text: str | None, *, act: bool = False) -> Order:
@@ -67,13 +67,12 @@ def ps(client: Client, settings: Settings, *, as_json: bool, history: bool = Fal
     try:
         found = rows(client.bucket, sight, client.report, history=history)
     except BucketError:  # what is overdue has to end even if the bucket is out of reach
-        sweep_up(client, machines=sight.of(client.backend))
+        sweep_up(client, partial(sight.of, client.backend))
         raise
     if any(row.doubtful for row in found):  # else a sweep, which costs as much again, finds nothing
-        code, changed = _swept(client, machines=sight.of(client.backend))
-        if changed:
-            sight = look(backends, client.report)
-            found = rows(client.bucket, sight, client.report, history=history)
+        code = sweep_up(client, partial(sight.of, client.backend))
+        sight = look(backends, client.report)
+        found = rows(client.bucket, sight, client.report, history=history)
     records = [row.record for row in found]
     for line in [json.dumps(records, indent=1)] if as_json else table(records):
         print(line)
@@ -184,7 +183,7 @@ def _stop_all(client: Client, settings: Settings, now: bool) -> int:
 def gc(client: Client, settings: Settings, *, dry_run: bool) -> int:
     """Sweep every backend that has its settings: made for cron, silent when there is nothing to do."""
     clients = [replace(client, backend=backend) for backend in _backends(client, settings)]
-    return max((sweep_up(each, disks=True, dry_run=dry_run) for each in clients), key=URGENCY.index)
+    return max((sweep_up(each, each.backend.survey, dry_run=dry_run) for each in clients), key=URGENCY.index)
 
 
 def _backends(client: Client, settings: Settings) -> list[Backend]:

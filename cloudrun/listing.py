@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from cloudrun.backends import Backend, Instance, open_backend
+from cloudrun.backends import Backend, Instance, Survey, open_backend
 from cloudrun.background import side_by_side
 from cloudrun.config import NEEDED, Settings
 from cloudrun.errors import BucketError, CloudrunError, Corrupt
@@ -48,10 +48,10 @@ class Sight(NamedTuple):
     disks: list[tuple[str, Instance]]
     blind: bool = False  # a provider could not be asked
 
-    def of(self, backend: Backend) -> list[Instance] | None:
-        """Its machines, None if they could not be seen."""
+    def of(self, backend: Backend) -> Survey:
+        """Its machines; who was not to be seen is asked again."""
         mine = [instance for name, instance in self.machines if name == backend.name]
-        return mine if backend.place in self.places else None
+        return Survey(mine, []) if backend.place in self.places else backend.survey()
 
 
 def backends_of(

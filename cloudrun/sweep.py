@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from cloudrun.backends import Backend, Instance, Survey
 from cloudrun.background import side_by_side
 from cloudrun.bill import Ended, Patience, close, ends_of, forget, see_ended
-from cloudrun.config import USUAL, Bounds
+from cloudrun.config import Bounds
 from cloudrun.errors import BucketError, CloudrunError, Corrupt, StillRunning
 from cloudrun.follow import Seen, conclude, how_of
 from cloudrun.formats import canonical, parse, seconds_of, timestamp
@@ -29,49 +27,32 @@ QUIET_SECONDS = 600.0  # a run without a machine may belong to a client that is 
 
 
 def sweep(
-    backend: Backend,
-    bucket: Bucket,
-    report: Report,
-    bounds: Bounds = USUAL,
-    *,
-    machines: list[Instance] | None = None,
-    disks: bool = False,
-    dry_run: bool = False,
-) -> bool:
+    backend: Backend, bucket: Bucket, report: Report, bounds: Bounds, found: Survey, *, dry_run: bool = False
+) -> None:
     """End machines that nobody will end, then close the bills of runs whose machines are gone.
 
-    What goes wrong with one of them keeps nobody from the next one. Raises StillRunning at the end, for
-    what could not be ended. `machines`: as they were seen just now. `disks`: delete those that machines
-    left. `dry_run`: say what there is to do, and do nothing. Returns whether anything was done.
+    And delete disks that machines left. What goes wrong with one of them keeps nobody from the next one.
+    Raises StillRunning at the end, for what could not be ended. `dry_run`: say what there is to do, and do
+    nothing.
     """
-    found = backend.survey() if disks else Survey(backend.all() if machines is None else machines, [])
-    billed, left = _by_run(each for each in found.ours if each.billed), _by_run(found.disks)
+    things = [each for each in found.ours if each.billed]  # what is parked has been seen to the end
     runs: dict[str, str] = {}
     try:
         runs = {run: project for project, run in open_runs(bucket)}
     except CloudrunError as error:  # what is overdue has to end even if the bucket is out of reach
         report.warn(str(error))
-    if found.unseen:
-        report.warn(found.unseen)
-    names = sorted({*runs, *billed, *left})
-    visits = [_Visit(backend, bucket, report, run, bounds, dry_run=dry_run) for run in names]
 
-    def visit(one: _Visit) -> str:
-        return one.visit(runs.get(one.run), billed[one.run], left[one.run])
+    def visit(run: str) -> str:
+        order = _Visit(backend, bucket, report, run, bounds, dry_run=dry_run)
+        machines, disks = ([each for each in some if each.run == run] for some in (things, found.disks))
+        return order.visit(runs.get(run), machines, disks)
 
-    still = side_by_side(visit, visits, 2 * bucket.workers)
+    names = {each.run for each in (*things, *found.disks)}
+    still = side_by_side(visit, sorted({*runs, *names}), 2 * bucket.workers)
     if not dry_run:
         bucket.tidy()
     if any(still):
         raise StillRunning("\n".join(filter(None, still)))
-    return any(each.acted for each in visits)
-
-
-def _by_run(found: Iterable[Instance]) -> defaultdict[str, list[Instance]]:
-    runs = defaultdict(list)
-    for each in found:
-        runs[each.run].append(each)
-    return runs
 
 
 def overdue(
@@ -101,7 +82,7 @@ class _Visit:
         self.now = time_of(bucket)
         self.ended: dict[str, Ended] = {}
         self.console, self.how = "", "gone"
-        self.goes_on = self.acted = False
+        self.goes_on = False
 
     def visit(self, project: str | None, machines: list[Instance], disks: list[Instance]) -> str:
         """What could not be ended, in words."""
@@ -144,19 +125,15 @@ class _Visit:
 
         Raises CloudrunError, StillRunning among them.
         """
-        project = self.run.rsplit("-", 3)[0]
+        bill = run_prefix(self.run.rsplit("-", 3)[0], self.run) + "/bill.json"
         if not disk.leftover:
             self.report.warn(f"{disk.parked}; if nobody needs it: {self.backend.by_hand(disk.name)}")
-        elif (
-            self.now - seconds_of(disk.deadline) > STRANGE_SECONDS
-            or self.bucket.size(run_prefix(project, self.run) + "/bill.json") is not None
-        ):
+        elif self.now - seconds_of(disk.deadline) > STRANGE_SECONDS or self.bucket.size(bill) is not None:
             self._end(disk, "gone", f"which has left {disk.parked}", DEFAULTS["stop"])
 
     def _only_say(self, what: str) -> bool:
         if self.dry_run:
             self.report.say(f"would {what} {self.run}")
-        self.acted = not self.dry_run
         return self.dry_run
 
     def _end(self, instance: Instance, how: str, why: str, limit: float) -> None:
@@ -164,7 +141,7 @@ class _Visit:
         if self.dry_run:
             self.report.say(f"would end {name}, {why}")
             return
-        self.how, self.acted = how, True
+        self.how = how
         with suppress(CloudrunError):
             self.console = self.backend.console(name)
         clock, patience = partial(time_of, self.bucket), Patience(0, limit)

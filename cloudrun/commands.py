@@ -49,6 +49,8 @@ def sweep_up(client: Client, look: Callable[[], Survey] | None = None, *, dry_ru
 
 def which(client: Client, settings: Settings, text: str | None, *, act: bool = False) -> Order:
     """The run that is meant. Raises UsageError; `act`: also if its machine cannot be seen from here."""
+    if act:
+        client.backend.warm_up()  # who sees a machine to its end may have to end it
     sweep_up(client)
     order = find_run(client.bucket, settings.project, text, here())
     if act and order.place not in ("", settings.place) and not read_bill(client.bucket, order):

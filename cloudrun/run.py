@@ -157,7 +157,6 @@ def see_through(client: Client, order: Order, *, mine: bool = False) -> Outcome:
         attempt, bill = last_attempt(client.bucket, order), read_bill(client.bucket, order)
         if bill:
             return conclude(client.bucket, order, Seen("gone"), bill)
-        client.backend.warm_up()  # who sees a machine to its end may have to end it
         seen = follow(client, order, attempt, mine=mine, show=mine)
         ended = end_of(client.backend, client.bucket, order, attempt, grace=seen.grace or 0.0)
         if last_attempt(client.bucket, order) > attempt:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import click
 import pytest
+from layers import LAYERS, spelt
+from layers import table as table_of_layers
 
 from cloudrun import config, errors
 from cloudrun.backends.gcp_prices import disk_per_month
@@ -21,6 +23,7 @@ from cloudrun.limits import DEFAULTS
 
 TOP = Path(__file__).resolve().parent.parent
 README = (TOP / "README.md").read_text(encoding="utf-8")
+STOPPING = (TOP / "docs" / "stopping.md").read_text(encoding="utf-8")
 
 
 def table(first_heading: str) -> dict[str, str]:
@@ -30,8 +33,8 @@ def table(first_heading: str) -> dict[str, str]:
     return {cells[1].strip(): cells[2].strip() for cells in rows}
 
 
-def example(name: str) -> str:
-    return README.split(f"<!-- test: {name} -->\n```sh\n", 1)[1].split("```", 1)[0]
+def example(name: str, text: str = README) -> str:
+    return re.split(rf"<!-- test: {name} -->\n```(?:sh)?\n", text)[1].split("```", 1)[0]
 
 
 def test_every_setting_is_in_the_table_and_nothing_else() -> None:
@@ -83,6 +86,30 @@ def test_the_seconds_in_the_text_are_those_of_the_limits() -> None:
     assert f"{grace} s, and {save} s or twice the longest save" in text
 
 
+def test_the_layers_and_their_bounds_are_those_that_are_tested() -> None:
+    section = README.split("## Why it stops", 1)[1].split("\n## ", 1)[0]
+    head, line, *rows = table_of_layers({})
+    assert f"{head}\n{line}\n" in section and "(docs/stopping.md)" in section
+    for layer, row in zip(LAYERS.values(), rows, strict=True):
+        assert section.count(layer.row() + " ") == 1, row
+
+
+def test_what_is_said_of_stopping_is_what_the_limits_say() -> None:
+    assert f"ends the machine itself, {DEFAULTS['agent_gone']} s later" in STOPPING
+    assert f"{DEFAULTS['agent_gone']} s after the agent's death" in STOPPING
+    assert f"silent for {DEFAULTS['agent_silence'] // 60} minutes, and at the deadline" in STOPPING
+    assert f"**The provider**, {DEFAULTS['provider']} s after the deadline" in STOPPING
+    boot, begin, pull = (f"{DEFAULTS[name] / 60:.0f}" for name in ("boot", "provisioning", "pull"))
+    times = f"no sign of life for {boot} minutes (on vast.ai: {begin} until the host begins, {pull} to load"
+    assert times in STOPPING.replace("\n   ", " ")
+    silent = 1.5 * DEFAULTS["agent_silence"] + 2 * DEFAULTS["state"]
+    assert f"silent for {spelt(silent).replace(' min', ' minutes')}," in STOPPING
+    assert 2 * DEFAULTS["self_end"] == DEFAULTS["provider"] == 60, "it says a minute for both"
+    price = disk_per_month("pd-balanced", DISK_GB)
+    assert f"{DISK_GB} GB are about {price:.0f} USD a month" in STOPPING
+    assert f"about {price / 730:.3f} USD an hour" in STOPPING
+
+
 def test_what_is_said_of_vast_is_what_the_code_does() -> None:
     section = README.split("## Runs on vast.ai", 1)[1].split("\n## ", 1)[0]
     for name, words in (("provisioning", "begin within"), ("pull", "image within"), ("boot", "life within")):
@@ -113,7 +140,16 @@ def shell(tmp_path: Path) -> dict[str, str]:
         "open('model/rate.txt', 'w').write(rate)\n"
     )
     path = f"{programs}:{os.path.dirname(shutil.which('python3') or '')}:/usr/bin:/bin"
+    (tmp_path / ".profile").write_text(f"export PATH='{path}'\n")
     return {"HOME": str(tmp_path), "PATH": path, "PROJECT": str(project)}
+
+
+def test_the_examples_about_stopping_work_as_written(shell: dict[str, str]) -> None:
+    """Where nothing is billed both say nothing."""
+    for name in ("look", "crontab"):
+        text = re.sub(r"^\*/15( \*){4} ", "", example(name, STOPPING))
+        done = subprocess.run(["sh", "-c", text], env=shell, cwd="/", capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), name
 
 
 def test_the_cron_example_works_as_written(shell: dict[str, str]) -> None:

@@ -244,7 +244,7 @@ class LocalPlace(Place):
 
     def freeze(self):
         stopped = set()
-        while left := self.meter.look_again() - stopped:
+        while left := wait_until(self.meter.look_again) - stopped:
             signal_all(left, signal.SIGSTOP)
             stopped |= left
 

@@ -76,7 +76,7 @@ def guard_agent_frozen(stage):
 
 
 def guard_at_the_deadline(stage):
-    stage.alone(SLEEP, hours(9))
+    stage.alone(SLEEP, hours(12))
     stage.signal("agent", "SIGSTOP")
     stage.place.cut_off()
     return stage.deadline
@@ -95,6 +95,7 @@ def client_machine_never_awake(stage):
     stage.place.have_one_machine()
     stage.machinery.main(SLEEP)
     stage.machinery.start("main.py", limit_boot=4.0, limit_agent_silence=2.0)
+    stage.machinery.wait_for("attempts/1/claim.json", 30)
     wait_until(lambda: stage.machinery.meter.members, 30)
     began = stage.place.now()
     stage.freeze()
@@ -112,7 +113,7 @@ def client_machine_frozen(stage):
 
 def next_command(stage):
     """From a computer that knows nothing of it. Until then nobody ends it: all five are out of action."""
-    stage.alone(SLEEP, hours(9), limit_provider=0.5, limit_agent_silence=4.0)
+    stage.alone(SLEEP, hours(12), limit_provider=0.5, limit_agent_silence=4.0)
     stage.freeze()
     stage.until(stage.deadline + 1.0)
     stage.machinery.project = stage.machinery.top / "elsewhere"

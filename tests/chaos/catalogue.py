@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .judges import ENDS, HAMPERS, KILLS, LATER, SLEEPS, Fault
+from .judges import ENDS, HAMPERS, JUMPS, KILLS, LATER, SLEEPS, Fault
 from .services import SERVICES, storage_faults
 
 ALL, CLOUDS, LOCAL, GCP, VAST = ("local", "gcp", "vast"), ("gcp", "vast"), ("local",), ("gcp",), ("vast",)
@@ -211,7 +211,7 @@ CATALOGUE = [
     Entry("two clients: stop", ALL, second("stop"), (ENDS,), WORK),
     Entry("two clients: stop --now", ALL, second("stop", "--now"), (ENDS, HAMPERS), WORK),
     Entry("client: clock is wrong", ALL, clock_is_wrong),
-    Entry("client: clock jumps", ALL, clock_is_wrong, (), ANY),
+    Entry("client: clock jumps", ALL, clock_is_wrong, (JUMPS,), ANY),
     Entry("agent: killed", ALL, processes("agent", "SIGKILL"), (HAMPERS,), (*WORK, *END)),
     Entry("agent: stopped", ALL, processes("agent", "SIGSTOP"), (HAMPERS,), (*WORK, *END)),
     Entry("agent: stopped for a while", ALL, processes("agent", "SIGSTOP", 1.5), (HAMPERS,), (*WORK, *END)),

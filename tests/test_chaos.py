@@ -43,6 +43,8 @@ def good(**changes):
         metered=6.6,
         known_cost=0.01,
         longest=6.6,
+        over=16.2,
+        billed_until=17.0,
     )
     return replace(record, **changes)
 
@@ -60,6 +62,7 @@ def test_a_run_in_which_all_went_well_has_nothing_against_it():
 MIXED = [("model/a", head("L", 1)), ("model/b", head("M", 1, "model/b"))]
 WRONG = {
     "meter: a is billed": good(left=["a"]),
+    "meter: billed for 9.0 s after": good(over=16.5, billed_until=25.5),
     "meter: b outlived": good(left_by_provider=["b"]),
     "meter: billed for": good(longest=100.0),
     "meter: a machine was billed": good(late=True),
@@ -105,6 +108,11 @@ def test_only_a_fault_that_happened_explains_anything():
     assert len(judge(replace(late, faults=[fault("late", at=None)]))) == 1
     interrupted = good(clients=[Client("cloudrun main.py", "main", 130)])
     assert judge(replace(interrupted, faults=[fault("ends")])) == []
+
+
+def test_a_run_whose_agent_was_killed_is_over():
+    killed = good(over=None, billed_until=25.5, receipt=None, clients=[], faults=[fault("over", at=15.0)])
+    assert len(judge(killed)) == 1 and "after the run's end" in judge(killed)[0]
 
 
 def test_what_was_closed_long_before_a_loss_is_required_and_what_came_last_is_not():

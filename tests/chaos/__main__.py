@@ -95,10 +95,12 @@ def campaign(arguments: argparse.Namespace) -> int:
         for result in pool.map(lambda seed: play_apart(seed, arguments), seeds):
             results.append(result)
             say(result)
+            if (
+                arguments.write or arguments.n >= LONG
+            ):  # each time, so that one that is broken off has its page
+                write(Path(arguments.write or PAGE), results, arguments.seed)
     failed = sum(bool(result["failures"]) for result in results)
     print(f"{len(results)} runs, {failed} failed, {time.monotonic() - began:.0f} s")
-    if arguments.write or arguments.n >= LONG:
-        write(Path(arguments.write or PAGE), results, arguments.seed)
     return bool(failed)
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .judges import ENDS, HAMPERS, JUMPS, KILLS, LATER, SLEEPS, Fault
+from .judges import ENDS, HAMPERS, JUMPS, KILLS, LATER, OVER, SLEEPS, Fault
 from .services import SERVICES, storage_faults
 
 ALL, CLOUDS, LOCAL, GCP, VAST = ("local", "gcp", "vast"), ("gcp", "vast"), ("local",), ("gcp",), ("vast",)
@@ -192,7 +192,7 @@ def full_disk(play: Any) -> Callable[[], None] | None:
 # --- the table
 
 EARLY = (("order", 0), ("claim", 0), ("agent", 0), ("start", 0))
-WORK = (("start", 0), ("step", 1), ("step", 2), ("step", 4), ("step", 5), ("saved", 0))
+WORK = (("start", 0), ("step", 1), ("step", 2), ("step", 4), ("writing", 1), ("writing", 3), ("saved", 0))
 END = (("end", 0), ("receipt", 0))
 ANY = (*EARLY, *WORK, *WORK, *END)
 
@@ -212,8 +212,8 @@ CATALOGUE = [
     Entry("two clients: stop --now", ALL, second("stop", "--now"), (ENDS, HAMPERS), WORK),
     Entry("client: clock is wrong", ALL, clock_is_wrong),
     Entry("client: clock jumps", ALL, clock_is_wrong, (JUMPS,), ANY),
-    Entry("agent: killed", ALL, processes("agent", "SIGKILL"), (HAMPERS,), (*WORK, *END)),
-    Entry("agent: stopped", ALL, processes("agent", "SIGSTOP"), (HAMPERS,), (*WORK, *END)),
+    Entry("agent: killed", ALL, processes("agent", "SIGKILL"), (HAMPERS, OVER), (*WORK, *END)),
+    Entry("agent: stopped", ALL, processes("agent", "SIGSTOP"), (HAMPERS, OVER), (*WORK, *END)),
     Entry("agent: stopped for a while", ALL, processes("agent", "SIGSTOP", 1.5), (HAMPERS,), (*WORK, *END)),
     Entry("guard: killed", ALL, processes("guard", "SIGKILL"), (LATER, HAMPERS), (*WORK, *END)),
     Entry("guard: stopped", ALL, processes("guard", "SIGSTOP"), (LATER,), (*WORK, *END)),

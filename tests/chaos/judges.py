@@ -6,6 +6,7 @@ Each returns sentences about what does not hold; none is good. Times are the ker
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+END_SECONDS = 7.0  # in which a machine ends whose run is over: its own time, then the guard's, then a stop's
 BILL_SECONDS = 1.0  # by which a bill and the meter may differ
 SAVE_SECONDS = 3.0  # in which what is closed gets into a save, on a machine that has nothing else to do
 SIGNALLED = {129, 130, 141, 143}
@@ -15,6 +16,7 @@ BLINDS = "blinds"  # … a client that cannot see that its machine has ended …
 ENDS = "ends"  # … that the user ended the run …
 KILLS = "kills"  # … a main.py that ends by a signal …
 SLEEPS = "sleeps"  # … a client that looks later than it would, and sees later that its machine has ended …
+OVER = "over"  # (no excuse: with it the run is over, and its machine has to end)
 JUMPS = "jumps"  # … a local bill that is wrong: there is no clock but the one that was set
 
 
@@ -67,6 +69,8 @@ class Record:
     left: list = field(default_factory=list)  # machines that are billed after all
     left_by_provider: list = field(default_factory=list)  # machines that outlived its limit
     taken: int = 0  # machines that the provider took: their end is known only from when it was seen
+    over: float | None = None  # when the receipt was there
+    billed_until: float = 0.0
     lag: float = 0.0  # by how much this computer was late, at worst
     trouble: str = ""  # a watchdog's, or the emulator's
 
@@ -80,9 +84,19 @@ def meter(record: Record) -> list[str]:
     found += [f"{name} outlived its provider's limit" for name in record.left_by_provider]
     if record.longest > record.limit and not record.limited:
         found.append(f"billed for {record.longest:.1f} s, and the limit is {record.limit:.1f} s")
+    over = min((at for at in (record.over, *_over(record)) if at is not None), default=float("inf"))
+    too_late = (
+        record.billed_until - over > END_SECONDS + 4.0 * record.excused(BLINDS, HAMPERS) + 30 * record.lag
+    )
+    if too_late and not record.excused(LATER):
+        found.append(f"billed for {record.billed_until - over:.1f} s after the run's end")
     if record.late and not record.excused(LATER):
         found.append("a machine was billed until a later command ended it, and no fault explains that")
     return found
+
+
+def _over(record: Record) -> list[float | None]:
+    return [fault.at for fault in record.faults if OVER in fault.excuses]
 
 
 def lines(record: Record) -> dict:

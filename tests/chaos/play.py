@@ -169,6 +169,9 @@ class Play:
 
     def happened(self, event, number=0):
         """Whether a moment of the protocol has come."""
+        if event == "writing":  # slowly, and in place
+            told = [each for each in list(self.witness.told) if each["what"] == "opening"]
+            return any(each["name"] == "model/weights" and each["number"] >= number for each in told)
         if event in ("start", "step", "end"):
             return self.witness.heard(event, number)
         names = {"claim": "attempts/1/claim.json", "agent": "attempts/1/agent.json", "saved": "outputs.json"}
@@ -193,6 +196,8 @@ class Play:
             now = time.monotonic()
             self.record.lag = max(self.record.lag, now - before - 0.1)
             with suppress(OSError, ValueError):
+                if self.record.over is None and self.happened("receipt"):
+                    self.record.over = now
                 found = self.machinery.object("outputs.json")
                 key = found and (found["attempt"], found["sequence"])
                 if found and key != seen:
@@ -332,9 +337,10 @@ class Play:
 
     def _look_at_meter(self):
         record, meter = self.record, self.place.meter
-        record.metered = meter.seconds
+        record.metered, billed = meter.seconds, self._billed()
+        record.billed_until = max((end for _, end in billed), default=0.0)
         record.longest, record.limit = (
-            max(self._billed(), default=0.0),
+            max((end - start for start, end in billed), default=0.0),
             HOURS * 3600 + 2 + 20 * (1 + record.lag),
         )
         if self.backend == "gcp":
@@ -345,10 +351,15 @@ class Play:
             record.known_cost = self.cloud.meter.total()
 
     def _billed(self):
-        """Seconds of each machine."""
+        """When each machine was billed: [(from, to)] in the kernel's seconds."""
         if self.backend == "local":
-            return [last - first for first, last in self.place.meter.stretches]
-        return [self.cloud.meter.seconds(name) for name in self.cloud.meter.names()]
+            return [tuple(stretch) for stretch in self.place.meter.stretches]
+        meter, ahead = self.cloud.meter, self.cloud.clock.now() - time.monotonic()
+        if self.backend == "vast":
+            lives = [(each.created, each.destroyed) for each in meter.accounts.values()]
+        else:
+            lives = [each[:2] for name in meter.names() for each in meter.intervals(name)]
+        return [(start - ahead, (end or self.cloud.clock.now()) - ahead) for start, end in lives]
 
     def _contents(self):
         """{name below the run: bytes}."""

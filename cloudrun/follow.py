@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cloudrun.errors import FAILED, UNKNOWN, BucketError, CloudrunError, Conflict, Corrupt, Missing
-from cloudrun.formats import canonical, parse, seconds_of
+from cloudrun.formats import canonical, has_begun, parse, seconds_of
 from cloudrun.handover import Renewals
 from cloudrun.late import collect, is_alone, may_go_on
 from cloudrun.order import Order, time_of
@@ -218,8 +218,8 @@ class _Follower:
         if how not in ("finished", "detached"):
             with suppress(CloudrunError):
                 console = self.client.backend.console(self.name)
-        began = self.state.get("phase") in ("run", "save")  # what is printed before is pip's
-        return Seen(how, receipt, self._by(), console, began, self.order.limits["self_end"], self.lost)
+        began, self_end = has_begun(self.state), self.order.limits["self_end"]
+        return Seen(how, receipt, self._by(), console, began, self_end, self.lost)
 
     def _read(self, show: bool, detach: bool) -> Seen | None:
         """What the machine wrote: its receipt, or how it is."""

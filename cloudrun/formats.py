@@ -20,7 +20,8 @@ so that bytes which are not UTF-8 survive as lone surrogates):
                                      /agent.json  {"machine", "python", "time"}
                                      /state.json  {"phase", "time", "beat"}; while it fetches also
                                                   {"files", "bytes", "of_files", "of_bytes"};
-                                                  "alone": true: it hears nobody any more
+                                                  "alone": true: it hears nobody any more;
+                                                  "began": true: main.py was started before a reboot
                                      /sessions.json {"save", "log", "receipt": [URL, ...]}: upload sessions
                                                   of a stranger's machine; cancelled with the bill
                                      /late/save-<3 digits>, /late/log-<3 digits>  archives, see below
@@ -106,6 +107,11 @@ def seconds_of(text: str) -> float:
     except (ValueError, AttributeError):
         raise Corrupt(f"{text!r} is not a time") from None
     return when.replace(tzinfo=timezone.utc).timestamp()
+
+
+def has_begun(state: dict[str, Any]) -> bool:
+    """Whether main.py was started, as a state.json tells it; what was printed before that was pip's."""
+    return state.get("phase") in ("run", "save") or state.get("began") is True
 
 
 def shown(path: str) -> str:

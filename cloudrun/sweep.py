@@ -12,7 +12,7 @@ from cloudrun.bill import Ended, Patience, close, ends_of, forget, see_ended
 from cloudrun.config import Bounds
 from cloudrun.errors import BucketError, CloudrunError, Corrupt, StillRunning
 from cloudrun.follow import Seen, conclude, how_of
-from cloudrun.formats import canonical, parse, seconds_of, timestamp
+from cloudrun.formats import canonical, has_begun, parse, seconds_of, timestamp
 from cloudrun.handover import take_back
 from cloudrun.late import collect, may_go_on
 from cloudrun.limits import DEFAULTS
@@ -195,7 +195,7 @@ class _Visit:
     def _outcome(self, order: Order, attempt: int) -> Outcome:
         state = attempt_object(self.bucket, order, attempt, "state") or {}
         end = attempt_object(self.bucket, order, attempt, "end")
-        began, name = state.get("phase") in ("run", "save"), f"{order.run}-{attempt}"
+        began, name = has_begun(state), f"{order.run}-{attempt}"
         how = how_of(end) if end else self.how
         with suppress(CloudrunError):  # Compute Engine shows no console of a machine that is parked
             self.console = self.console or self.backend.console(name)

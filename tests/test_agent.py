@@ -152,6 +152,21 @@ def test_a_second_agent_for_the_same_attempt_ends_itself(tmp_path):
     assert first.finish().receipt["status"] == 0
 
 
+@pytest.mark.parametrize(
+    ("before", "began"),
+    [({"phase": "fetch"}, False), ({"phase": "run"}, True), ({"phase": "boot", "began": True}, True)],
+)
+def test_a_machine_that_is_started_again_still_says_whether_main_py_had_begun(tmp_path, before, began):
+    run = Run(tmp_path, "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)")
+    name = f"attempts/{run.attempt}/state.json"
+    run.bucket.put(f"{run.prefix}/{name}", canonical(before))
+    run.start()
+    wait_until(lambda: "beat" in run.object(name) and (run.work / "main.py").exists())
+    assert run.object(name).get("began", False) is began
+    (run.work / "go").touch()
+    assert run.finish().receipt["status"] == 0
+
+
 def test_an_agent_for_a_finished_run_does_nothing(tmp_path):
     run = Run(tmp_path, "print('once')").run()
     before = run.receipt

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from cloudrun.agent.machine import why_it_ends
 from cloudrun.errors import BucketError, CloudrunError, Missing
-from cloudrun.formats import canonical, parse, seconds_of, timestamp
+from cloudrun.formats import canonical, has_begun, parse, seconds_of, timestamp
 from cloudrun.storage import Bucket
 
 TYPE_CHECKING = False
@@ -158,7 +158,7 @@ class Watch:
         return not task.error and not task.is_alive()
 
     def _correspond(self) -> None:
-        said_at, said = 0.0, None
+        said_at, said, before = 0.0, None, None
         while True:
             pause = max(0.2, self.bucket.slow_pace)
             with suppress(Exception):  # whatever it was, the next letter may arrive
@@ -166,7 +166,15 @@ class Watch:
                 self._read_control()
                 if self.order["if_client_lost"] == "stop":
                     self._read_client()
-                state = {**self._details, "phase": self._phase, **({"alone": True} if alone else {})}
+                if before is None:  # the machine may have been started again
+                    name = f"attempts/{self.number}/state.json"
+                    before = {"began": True} if has_begun(parse(self.read(name) or b"{}", name)) else {}
+                state = {
+                    **self._details,
+                    **before,
+                    "phase": self._phase,
+                    **({"alone": True} if alone else {}),
+                }
                 if state != said or now() - said_at > self.limits["state"]:
                     letter = {**state, "beat": now(), "time": stamp()}
                     self.bucket.put(self.attempt + "/state.json", canonical(letter))

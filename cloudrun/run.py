@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -79,14 +79,15 @@ def execute(
     mine: bool = True,
     detach: bool = False,
     outcome: Outcome | None = None,
+    earlier: Iterable[Ended] = (),
 ) -> Outcome | None:
     """Rent, follow and end machines until the run has an outcome; None if it goes on without us.
 
     mine: its signals end the run, and its output is shown. outcome: that of the machine before, which stands
-    if there is none to go on with. Raises StillRunning if a machine could not be seen ended; Interrupted if
-    the user ended the run before it was followed. Nothing is left running that this client could end.
+    if there is none to go on with; earlier: machines seen ended. Raises StillRunning if one could not be;
+    Interrupted if the user ended the run before it was followed. Leaves nothing that this client could end.
     """
-    ends, unusable = list[Ended](), 0
+    ends, unusable = list(earlier), 0
     end_at = since_boot() + order.left(client.bucket)  # once: a clock that is changed later moves no deadline
     while claim(client, order, attempt, offers[0]):
         machine = Lease(instance_name(order.run, attempt), end_at)
@@ -114,12 +115,11 @@ def execute(
         again = outcome.reason in ELSEWHERE and unusable < MOST_UNUSABLE
         others = other_offers(client, order, end_at, ends) if again else []
         if not others:
-            if settle(client, order, ends, outcome):
-                return outcome
-            break
+            settled = settle(client, order, ends, outcome)
+            return outcome if settled else see_through(client, order, mine=mine, earlier=ends)
         client.report.say(going_on(outcome))
         attempt, offers = attempt + 1, others
-    return see_through(client, order, mine=mine)
+    return see_through(client, order, mine=mine, earlier=ends)
 
 
 def give_up(
@@ -147,11 +147,13 @@ def say_console(report: Report, seen: Seen, outcome: Outcome) -> None:
         report.warn(f"the last lines of the machine's console:\n{tail}")
 
 
-def see_through(client: Client, order: Order, *, mine: bool = False) -> Outcome:
+def see_through(
+    client: Client, order: Order, *, mine: bool = False, earlier: Iterable[Ended] = ()
+) -> Outcome:
     """Be there when a run that another client has in its hands ends: see its machine ended, close its bill.
 
     A run whose machine was taken away is continued from here. Unless it is `mine`, its output is not
-    printed, and a signal to us is none to the run.
+    printed, and a signal to us is none to the run. earlier: as for `execute`.
     """
     while True:
         attempt, bill = last_attempt(client.bucket, order), read_bill(client.bucket, order)
@@ -163,13 +165,15 @@ def see_through(client: Client, order: Order, *, mine: bool = False) -> Outcome:
             continue
         outcome = conclude(client.bucket, order, seen)
         elsewhere, end_at = outcome.reason in ELSEWHERE, since_boot() + order.left(client.bucket)
-        others = other_offers(client, order, end_at, [ended]) if elsewhere else []
+        ends = [*earlier, ended] if attempt else []
+        others = other_offers(client, order, end_at, ends) if elsewhere else []
         if others:
             client.signals.rearm()
-            continued = execute(client, order, others, attempt + 1, mine=mine, outcome=outcome)
+            goes_on = partial(execute, client, order, others, attempt + 1, mine=mine)
+            continued = goes_on(outcome=outcome, earlier=ends)
             assert continued
             return continued
-        if settle(client, order, [ended] if attempt else [], outcome):
+        if settle(client, order, ends, outcome):
             client.signals.rearm()
             return outcome
 

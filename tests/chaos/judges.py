@@ -180,9 +180,9 @@ def bill(record: Record) -> list[str]:
         return []
     ahead = said["seconds"] - record.metered
     slack = BILL_SECONDS + 2 * record.lag
-    # When what was taken away ended is known only from when that was seen; vast.ai never says it.
-    most = slack + 3.0 * (record.taken + record.excused(SLEEPS))
-    most = float("inf") if record.backend == "vast" else most
+    # When a container ended, or a VM that Google took and deleted, is known only from when that was seen.
+    blind = record.backend == "vast" or (record.backend == "gcp" and record.taken)
+    most = float("inf") if blind else slack + 3.0 * record.excused(SLEEPS)
     found = []
     if not -slack <= ahead <= most:
         found.append(f"the bill says {said['seconds']} s, the meter {record.metered:.3f} s")

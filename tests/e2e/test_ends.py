@@ -313,6 +313,17 @@ def test_a_preempted_run_without_a_client_ends_preempted(machinery):
     machinery.meter.wait_gone(2)
 
 
+def test_a_machine_that_nobody_saw_taken_away_is_billed_as_long_as_it_was_there(here):
+    """Its last word says how long that was, and goes with it: who goes on with the run remembers it."""
+    here.main(RESUMED)
+    lose(here.running("main.py", text="step 0\n"))
+    wait_until(lambda: here.saved("model/step"))
+    here.taken_away()
+    time.sleep(1.5)
+    assert here.run("wait") == 0
+    assert here.ended(2)["attempts"] == 2
+
+
 def test_a_client_that_slept_sees_the_machine_through_that_another_client_rented(machinery):
     """It wakes up while the run goes on elsewhere, and makes no machine of its own."""
     machinery.main(RESUMED.replace("sys.exit(0)", "time.sleep(2); sys.exit(6)"))

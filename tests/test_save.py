@@ -47,6 +47,17 @@ def test_saves_while_main_py_runs(tmp_path):
     assert run.finish().receipt["files"] == 1
 
 
+@pytest.mark.parametrize(("attempt", "first"), [(1, 8), (2, 1)])
+def test_after_a_reboot_the_saves_of_an_attempt_are_counted_on(tmp_path, attempt, first):
+    """Of two saves the one with the larger number is the newer one: what comes late is compared by that."""
+    run = Run(tmp_path, PRELUDE + "write('model/a', '1')", attempt=attempt)
+    before = {"attempt": 1, "sequence": 7, "time": "2026-11-25T10:11:12.000Z", "files": []}
+    run.bucket.create(run.prefix + "/outputs.json", json.dumps(before).encode())
+    run.run()
+    found = run.object("outputs.json")
+    assert (found["attempt"], found["sequence"]) == (attempt, first) and run.outputs() == {"model/a": b"1"}
+
+
 def test_a_file_that_is_open_for_writing_waits(tmp_path):
     main = """
 file = open("model/open", "w"); file.write("half"); file.flush()

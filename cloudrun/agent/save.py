@@ -43,13 +43,15 @@ class Saver:
         self.ended = threading.Event()
 
     def previous(self) -> list[Entry]:
-        """The outputs that an earlier attempt saved. Raises Corrupt."""
+        """The outputs that an earlier attempt saved, or we ourselves before a reboot. Raises Corrupt."""
         try:
             data, self._version = self.bucket.get(self._name, sys.maxsize)
         except Missing:
             return []
-        entries = parse(data, self._name, files=list)["files"]
-        found = [read_entry(entry, self._name, with_parts=False) for entry in entries]
+        before = parse(data, self._name, files=list, attempt=int, sequence=int)
+        if before["attempt"] == self.watch.number:
+            self._sequence = before["sequence"]
+        found = [read_entry(entry, self._name, with_parts=False) for entry in before["files"]]
         self.outputs = {entry.path: entry for entry in found}
         return found
 

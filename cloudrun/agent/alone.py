@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from functools import partial
 
 from cloudrun.agent.watch import now
 from cloudrun.errors import BucketRefused, Conflict, Missing
@@ -102,7 +103,7 @@ class AloneBucket(RestBucket):
     def _keep(self, value: str) -> None:
         """For the guard of a container that starts again: that of its creation may be over by then."""
         with suppress(OSError):
-            with open(self._disk + ".new", "w") as file:
+            with open(self._disk + ".new", "w", opener=partial(os.open, mode=0o600)) as file:
                 file.write(value)
             os.replace(self._disk + ".new", self._disk)
 

@@ -50,13 +50,19 @@ class Ended(NamedTuple):
     note: str = ""
     sure: bool = True
 
+    @property
+    def seconds(self) -> float:
+        """That it lived; 0 if nobody knows."""
+        return 0.0 if self.started is None else max(self.ended - self.started, 0.0)
+
     def charge(self, price: float | None) -> float | None:
         """US dollars, at this price per hour if the machine had none of its own; None: not known."""
-        lived = max(self.ended - (self.ended if self.started is None else self.started), 0.0)
         price = price if self.price is None else self.price
         if self.cost:
             return self.cost.total
-        return None if price is None else (max(lived, self.least) if lived else 0.0) * price / 3600
+        return (
+            None if price is None else (max(self.seconds, self.least) if self.seconds else 0.0) * price / 3600
+        )
 
 
 def see_ended(
@@ -162,8 +168,8 @@ def close(bucket: Bucket, order: Order, ends: list[Ended], reason: str, exit_cod
     if is_claimed(bucket, order, following):
         return False
     starts = [end.started for end in ends if end.started is not None]
-    lived = [max(end.ended - (end.started or end.ended), 0.0) for end in ends]
-    seconds = sum(lived) if len(starts) == len(ends) and all(end.sure for end in ends) else None
+    certain = len(starts) == len(ends) and all(end.sure for end in ends)
+    seconds = sum(end.seconds for end in ends) if certain else None
     cost = cost_of(ends, order.price) if ends or order.price is not None else None
     split = split_of(ends)
     bill = {

@@ -49,7 +49,7 @@ def command(seed: int, arguments: argparse.Namespace) -> list[str]:
     return [sys.executable, "-m", "tests.chaos", "--one", "--seed", str(seed), *more, *faults]
 
 
-def play_apart(seed: int, arguments: argparse.Namespace) -> dict:
+def play_apart(seed: int, arguments: argparse.Namespace, watchdog: float = WATCHDOG) -> dict:
     """The result of a run that is played in another process, and ended if it does not end."""
     process = subprocess.Popen(
         command(seed, arguments),
@@ -60,7 +60,7 @@ def play_apart(seed: int, arguments: argparse.Namespace) -> dict:
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=WATCHDOG)
+        out, err = process.communicate(timeout=watchdog)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
@@ -68,8 +68,8 @@ def play_apart(seed: int, arguments: argparse.Namespace) -> dict:
     try:
         result = json.loads(lines[-1])
     except ValueError:
-        result = {"seed": seed, "backend": "?", "faults": [], "took": WATCHDOG, "lag": 0.0}
-        result["failures"] = [f"watchdog: it did not end within {WATCHDOG:.0f} s: {err[-2000:]}"]
+        result = {"seed": seed, "backend": "?", "faults": [], "took": watchdog, "lag": 0.0}
+        result["failures"] = [f"watchdog: it did not end within {watchdog:.0f} s: {err[-2000:]}"]
         clean_up(lines[0])
     return {**result, "shown": "\n".join(lines[1:-1])}
 

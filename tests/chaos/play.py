@@ -383,7 +383,7 @@ class Play:
         try:
             self.machinery.close()
         except Exception as error:
-            self.record.trouble = self.record.trouble or f"at the end: {type(error).__name__}: {error}"
+            self.record.trouble = self.record.trouble or f"at the end: {error!r} {getattr(self.cloud, 'violations', '')}"
         self.cleanup.close()
 
 

@@ -252,6 +252,8 @@ class Contract:
     # --- what happens to it
 
     def lose_bid(self) -> None:
+        if self.ending:  # it is being destroyed: nobody needs to bid for its GPU
+            return
         self.outbid = True
         self._halt("stopped")
 

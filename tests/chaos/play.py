@@ -383,7 +383,8 @@ class Play:
         try:
             self.machinery.close()
         except Exception as error:
-            self.record.trouble = self.record.trouble or f"at the end: {error!r} {getattr(self.cloud, 'violations', '')}"
+            said = f"at the end: {error!r} {getattr(self.cloud, 'violations', '')}"
+            self.record.trouble = self.record.trouble or said
         self.cleanup.close()
 
 

@@ -101,7 +101,12 @@ def conclude(bucket: Bucket, order: Order, seen: Seen, bill: dict[str, Any] | No
             collect(bucket, order)
         receipt = seen.receipt or read_receipt(bucket, order.prefix)
         if receipt:
-            return outcome_of(receipt)
+            outcome, numbers = outcome_of(receipt), range(1, receipt["attempt"] + 1)
+            states = (attempt_object(bucket, order, n, "state") for n in numbers)
+            if outcome.reason == "failed" and any(has_begun(state or {}) for state in states):
+                words = f"main.py was not started again: {receipt['message']}"
+                outcome = outcome._replace(exit_code=UNKNOWN, words=words)
+            return outcome
         level, by = requested_end(bucket, order.prefix)
         if level >= NOW or (level and seen.how in ("preempted", "shutdown")):
             seen = Seen("now", by=by)

@@ -231,7 +231,7 @@ def code_lines(path: Path) -> int:
 
 
 SIZES = {
-    "client": 3100,
+    "client": 3110,
     "care": 740,  # what is done for runs and machines by other commands than that which started them
     "agent": 950,  # a container ends itself, and may start again
     "local": 450,

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from cloudrun.agent.watch import Watch
+from cloudrun.processes import stat_of
 
+EXITING = 4  # PF_EXITING of the kernel's flags
 PIPE_BYTES = 1 << 20  # no pipe that nobody made larger holds more, whatever the size of a page
 AS_EVER = [signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ]
 
@@ -51,10 +53,9 @@ class Program:
             os.killpg(self._pid, signum)
 
     def is_running(self) -> bool:
-        """As the kernel knows it now, from any thread."""
-        with suppress(ChildProcessError):
-            return os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        return False
+        """As the kernel knows it now, from any thread: who is killed closes its files before it has ended."""
+        stat = stat_of(self._pid) if self.status is None else []
+        return bool(stat) and stat[0] not in b"ZX" and not int(stat[6]) & EXITING
 
     def _reap(self) -> None:
         """Collect main.py, and orphans: this process is their subreaper."""

@@ -8,7 +8,7 @@
 PYTHON ?=
 ARGS =
 EPOCHS = 8
-WORKERS = 3
+WORKERS = 4
 N = 20
 SEED = 1
 

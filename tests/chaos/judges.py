@@ -68,7 +68,6 @@ class Record:
     limited: bool = False  # … or the provider, whose clock was moved on for it
     left: list = field(default_factory=list)  # machines that are billed after all
     left_by_provider: list = field(default_factory=list)  # machines that outlived its limit
-    taken: int = 0  # machines that the provider took: their end is known only from when it was seen
     over: float | None = None  # when the receipt was there
     billed_until: float = 0.0
     lag: float = 0.0  # by how much this computer was late, at worst
@@ -180,8 +179,8 @@ def bill(record: Record) -> list[str]:
         return []
     ahead = said["seconds"] - record.metered
     slack = BILL_SECONDS + 2 * record.lag
-    # When a container ended, or a VM that Google took and deleted, is known only from when that was seen.
-    blind = record.backend == "vast" or (record.backend == "gcp" and record.taken)
+    # When a container ended is known only from when that was seen.
+    blind = record.backend == "vast"
     most = float("inf") if blind else slack + 3.0 * record.excused(SLEEPS)
     found = []
     if not -slack <= ahead <= most:

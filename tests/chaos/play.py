@@ -345,8 +345,6 @@ class Play:
         )
         if self.backend == "gcp":
             record.limit = max(record.limit, 30 + 20 * (1 + record.lag))
-            own = self.cloud.meter
-            record.taken = sum(each.preempted for name in own.names() for each in own.intervals(name))
         if self.backend == "vast":
             record.known_cost = self.cloud.meter.total()
 

@@ -6,14 +6,13 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from cloudrun import follow as following
 from cloudrun import offers as offering
 from cloudrun import pull as pulling
-from cloudrun.backends import Backend, Survey
+from cloudrun.backends import Backend
 from cloudrun.bill import close, end_of
 from cloudrun.closing import counted, last_line, say_pulled
 from cloudrun.config import Settings
@@ -26,25 +25,9 @@ from cloudrun.output import Output
 from cloudrun.receipt import Outcome, user_code
 from cloudrun.run import Client, see_through
 from cloudrun.runs import find_run, last_attempt, load, open_runs, read_bill, record
-from cloudrun.sweep import sweep
+from cloudrun.sweep import sweep_up
 
 URGENCY = (0, USAGE, UNKNOWN, FAILED, STILL_BILLED)  # of several exit codes the last of these
-
-
-def sweep_up(client: Client, look: Callable[[], Survey] | None = None, *, dry_run: bool = False) -> int:
-    """Every command first ends and closes what lost clients left. Returns an exit code, having said why.
-
-    `look`: what there is, else machines are looked for.
-    """
-    try:
-        found = look() if look else Survey(client.backend.all(), [])
-        if found.unseen:
-            client.report.warn(found.unseen)
-        sweep(client.backend, client.bucket, client.report, client.bounds, found, dry_run=dry_run)
-    except CloudrunError as error:
-        client.report.error(str(error))
-        return error.exit_code
-    return 0
 
 
 def which(client: Client, settings: Settings, text: str | None, *, act: bool = False) -> Order:

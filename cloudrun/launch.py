@@ -11,7 +11,6 @@ from typing import Any
 from cloudrun.backends import Need, Offer, open_backend
 from cloudrun.bill import close, forget
 from cloudrun.closing import bring_home, check_json, dry_run_lines, price_words, write_record
-from cloudrun.commands import sweep_up
 from cloudrun.config import Settings, from_env
 from cloudrun.errors import FAILED, USAGE, CloudrunError, Held, Interrupted, UsageError
 from cloudrun.handover import ALONE_LATER
@@ -23,6 +22,7 @@ from cloudrun.runs import last_attempt
 from cloudrun.signals import Signals
 from cloudrun.start import Prepared, Wanted, describe, prepare, store
 from cloudrun.storage import open_bucket
+from cloudrun.sweep import sweep_up
 
 
 def run_script(name: str, arguments: list[str], **options: Any) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cloudrun.backends import Backend, Instance, Survey
 from cloudrun.background import side_by_side
@@ -22,8 +23,27 @@ from cloudrun.report import Report
 from cloudrun.runs import attempt_object, last_attempt, load, open_runs, read_bill
 from cloudrun.storage import Bucket
 
+if TYPE_CHECKING:
+    from cloudrun.run import Client
+
 STRANGE_SECONDS = 3600.0  # past its deadline: a machine of which only this computer's clock says so
 QUIET_SECONDS = 600.0  # a run without a machine may belong to a client that is just sending or creating
+
+
+def sweep_up(client: Client, look: Callable[[], Survey] | None = None, *, dry_run: bool = False) -> int:
+    """Every command first ends and closes what lost clients left. Returns an exit code, having said why.
+
+    `look`: what there is, else machines are looked for.
+    """
+    try:
+        found = look() if look else Survey(client.backend.all(), [])
+        if found.unseen:
+            client.report.warn(found.unseen)
+        sweep(client.backend, client.bucket, client.report, client.bounds, found, dry_run=dry_run)
+    except CloudrunError as error:
+        client.report.error(str(error))
+        return error.exit_code
+    return 0
 
 
 def sweep(

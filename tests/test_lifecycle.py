@@ -41,7 +41,7 @@ from cloudrun.runs import read_bill
 from cloudrun.signals import Signals
 from cloudrun.start import Wanted, prepare, store
 from cloudrun.storage import MAX_OBJECT
-from cloudrun.sweep import overdue
+from cloudrun.sweep import overdue, sweep_up
 
 STAGES = ("scan", "offer", "send", "order", "create", "created", "follow", "stop", "bill", "pull")
 LIMITS = "CLOUDRUN_LIMITS"
@@ -901,7 +901,7 @@ def test_a_sweep_that_ends_what_is_left_of_a_machine_keeps_its_run_from_no_other
             world.bucket.put(end, canonical({"reason": "preempted", "time": timestamp(time.time())}))
             world.backend.machines[machine] = world.backend.machines[machine]._replace(ended=None)
             with Signals() as signals:
-                commands.sweep_up(world.client(signals))
+                sweep_up(world.client(signals))
 
     world.report.on_stage = stage
     assert world.execute(order).exit_code == 0
@@ -921,7 +921,7 @@ def test_a_machine_that_says_a_wrong_time_keeps_no_bill_open(make: Callable[...,
     for later, closed in ((0.0, False), (1200.0, True)):
         world.bucket.time = lambda later=later: time.time() + later  # type: ignore[method-assign]
         with Signals() as signals:
-            assert commands.sweep_up(world.client(signals)) == 0
+            assert sweep_up(world.client(signals)) == 0
         assert bool(read_bill(world.bucket, order)) == closed
     world.assert_closed()
 
@@ -1057,7 +1057,7 @@ def test_sweep_leaves_a_run_alone_that_is_just_starting(make: Callable[..., Worl
     def stage(name: str) -> None:
         if name in ("create", "created", "follow"):
             with Signals() as signals:
-                commands.sweep_up(world.client(signals))
+                sweep_up(world.client(signals))
 
     world.report.on_stage = stage
     assert world.whole() == 0

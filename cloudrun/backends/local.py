@@ -140,11 +140,11 @@ class LocalBackend:
 
     def _tidy(self) -> None:
         """Remove directories of machines so old that nobody will ask for them; bills remember the rest."""
-        alive = {mark["CLOUDRUN_INSTANCE"] for _, mark in self._marks()}
         with suppress(OSError):
-            for entry in list(os.scandir(self._folder(""))):
-                if entry.path not in alive and time.time() - entry.stat().st_mtime > KEPT_SECONDS:
-                    remove_tree(entry.path)
+            before = time.time() - KEPT_SECONDS
+            old = {entry.path for entry in os.scandir(self._folder("")) if entry.stat().st_mtime < before}
+            for path in old - {mark["CLOUDRUN_INSTANCE"] for _, mark in self._marks() if old}:
+                remove_tree(path)
 
     def _marks(self) -> Iterator[tuple[int, dict[str, str]]]:
         """(pid, the CLOUDRUN_ variables) of every process that belongs to an instance of this user."""

@@ -42,7 +42,7 @@ from cloudrun.backends.gcp_wire import ApiError, QuotaExceeded, View
 from cloudrun.config import Settings, place
 from cloudrun.errors import CloudrunError, Held, NoCapacity, UsageError
 
-LEAST_SECONDS = 30  # of maxRunDuration (D:instances/limit-vm-runtime)
+LEAST_SECONDS = 30  # of maxRunDuration (https://cloud.google.com/compute/docs/instances/limit-vm-runtime)
 UNBILLED = ("TERMINATED", "SUSPENDED")
 ASK_AGAIN_SECONDS = 30.0  # when a stop that was accepted has had no effect
 
@@ -52,7 +52,7 @@ class GcpBackend:
 
     name = "gcp"
     stranger = False
-    least_billed = 60.0  # D:vm-instance-pricing
+    least_billed = 60.0  # https://cloud.google.com/compute/vm-instance-pricing
     slowness = 8.0  # a stop takes 90 s, and is not stuck before 8 minutes have passed
 
     def __init__(self, settings: Settings) -> None:

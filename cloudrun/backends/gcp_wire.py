@@ -217,7 +217,7 @@ def failed(code: str, text: str, zone: str, status: int) -> CloudrunError:
 
 
 def quota(text: str) -> QuotaExceeded:
-    """gcp.md 3.2: GPUS_ALL_REGIONS holds everywhere, the others in one region."""
+    """GPUS_ALL_REGIONS holds everywhere, the others in one region."""
     page = "https://console.cloud.google.com/iam-admin/quotas"
     _, in_region, rest = text.partition("in region ")
     if "GPUS_ALL_REGIONS" in text or not in_region:

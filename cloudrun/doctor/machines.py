@@ -10,7 +10,7 @@ from typing import Any
 from cloudrun.doctor import NONE, OK, UNKNOWN, WRONG, Finding, clock
 from cloudrun.doctor.google import Google, Refused
 
-# In regions.get; of the others no quota is listed there (gcp.md 3.2).
+# In regions.get; of the others no quota is listed there.
 METRICS = {
     **{name: f"NVIDIA_{name}_GPUS" for name in ("L4", "T4", "P4", "V100", "P100")},
     **{"A100-40GB": "NVIDIA_A100_GPUS", "A100-80GB": "NVIDIA_A100_80GB_GPUS"},

@@ -45,7 +45,7 @@ class Earlier:
         """Move what is as it is to be into its place, remove the rest. Returns the sizes of what stayed."""
         taken = {}
         for entry in _files_of(manifest):
-            old = f"{self._aside}/work/{entry.path}"
+            old = os.path.join(self._aside, "work", entry.path)
             with suppress(OSError):
                 if self._known.get(entry.path) == _key(entry, old) and _is_real(os.path.dirname(old)):
                     os.rename(old, make_parent(entry.path))

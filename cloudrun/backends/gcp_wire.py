@@ -139,9 +139,6 @@ class Wire:
                 return
             query["pageToken"] = page["nextPageToken"]
 
-    def credentials(self) -> Any:
-        return account.credentials(self._environ, self._environ.get(ENDPOINT, ""))
-
     def _open(self) -> Any:
         import logging
 
@@ -151,7 +148,7 @@ class Wire:
         if not importlib.util.find_spec(SDK):  # nobody needs it yet, and then it is too late to say so
             raise ImportError(SDK)
         logging.getLogger("google.auth").setLevel(logging.ERROR)  # what matters is raised as well
-        session = AuthorizedSession(self.credentials())
+        session = AuthorizedSession(account.credentials(self._environ, self._environ.get(ENDPOINT, "")))
         for scheme in ("https://", "http://"):
             session.mount(scheme, HTTPAdapter(pool_maxsize=CONNECTIONS))
         return session

@@ -95,9 +95,7 @@ def campaign(arguments: argparse.Namespace) -> int:
         for result in pool.map(lambda seed: play_apart(seed, arguments), seeds):
             results.append(result)
             say(result)
-            if (
-                arguments.write or arguments.n >= LONG
-            ):  # each time, so that one that is broken off has its page
+            if arguments.write or arguments.n >= LONG:  # each time: what is broken off has its page as well
                 write(Path(arguments.write or PAGE), results, arguments.seed)
     failed = sum(bool(result["failures"]) for result in results)
     print(f"{len(results)} runs, {failed} failed, {time.monotonic() - began:.0f} s")

@@ -170,10 +170,8 @@ def reboot(play: Any) -> None:
     if play.backend == "vast":
         play.cloud.restart(name)
         return
-    instance = play.cloud.instance(name)
     with play.cloud.clock.changed:
-        instance._resetting = True
-        instance.machine.cut()
+        play.cloud.instance(name).blink()
 
 
 def full_disk(play: Any) -> Callable[[], None] | None:

@@ -304,11 +304,14 @@ class Instance:
         self._shut_down(operation, delete=False, cut=True)
 
     def reset(self, operation: Operation) -> None:
+        self.blink()
+        self.project.operations.finish(operation)
+
+    def blink(self) -> None:
         """No power for a moment; RUNNING all the time."""
         if self.machine:
             self._resetting = True
             self.machine.cut()
-        self.project.operations.finish(operation)
 
     def _note(self, kind: str, message: str) -> Operation:
         """An operation of the system's own."""
